@@ -1,0 +1,96 @@
+"""The one structure that leaves the data pipeline: PackedBatch, plain numpy, and the step window that groups them.
+
+Dimensions: B rows (packs) of the micro-batch, S packed sequence length, T media keys of the longest row, N supervised
+positions, M media items of one modality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TEXT_ID = 0
+"""Modality id of text; media modalities take their ids from the registry, padding is -1."""
+PADDING_ID = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """The media items of one modality in a micro-batch, ragged, in row-major order of appearance.
+
+    values: [sum(lengths), features] one payload row per media token (image: uint8 pixels of one patch in h, w, c order;
+        audio: float32 log-mel of `frames_per_token` frames, frame-major).
+    lengths: int32 [M] tokens of each item.
+    grids: int32 [M, 3] (t, h, w) token grid of each item; their product is the length.
+    token_index: int64 [sum(lengths)] flat position in B * S where each token's embedding goes.
+    item_rows: int32 [M] row of the micro-batch that holds the item.
+    """
+
+    values: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    grids: npt.NDArray[np.int32]
+    token_index: npt.NDArray[np.int64]
+    item_rows: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """B packed rows, everything a forward pass and its loss need.
+
+    tokens: int32 [B, S] token ids; placeholders at media positions, pad id at padding.
+    modality_ids: int8 [B, S] modality of each position, PADDING_ID at padding.
+    document_ids: int32 [B, S] document within the row, -1 at padding.
+    span_ids: int32 [B, S] media item within the row (all modalities counted together), -1 elsewhere.
+    positions: int32 [B, S, 3] (t, h, w), starting at 0 for every document.
+    kv_lo, kv_hi: int32 [B, S] half-open key interval of each query within its row; empty (0, 0) at padding.
+    media_index: int64 [B, T] position within the row of each media token, in order; -1 beyond a row's last.
+    media_lo, media_hi: int32 [B, S] interval on the T axis: the media tokens of the same document before the query
+        (its own whole span for a media query).
+    key_modality: int8 [B, T] modality of each media key, PADDING_ID beyond a row's last.
+    row_index: int64 [N] flat positions in B * S whose next token is supervised.
+    targets: int64 [N] the token each should predict.
+    row_weight: float32 [N] loss weight; 0 in fillers.
+    row_modality: int8 [N] what the target follows: the modality of the latest media item before it in its document,
+        TEXT_ID when there is none.
+    contrastive_group: int32 [B] group of plan rows whose spans are each other's negatives; -1 for zero-loss rows.
+    payloads: modality name -> Payload; a modality that no row holds is absent.
+    planned_tokens, actual_tokens: modality name -> tokens planned for, and really filled in (fillers are zero).
+    plan_rows: int64 [B] absolute plan row of each row; -1 for a zero-loss row that only evens out the ranks.
+    sample_ids: per row, one `source:key:first_token:end_token` per document piece; fillers end in `:filler`.
+    sample_hashes: per row, the xxh3 of each piece's tokens, in the order of sample_ids.
+    timings_ms: stage (`fetch`, `decode`, `pack`) -> milliseconds the worker spent.
+    extra: whatever `post_pack` adds (tile tables).
+    """
+
+    tokens: npt.NDArray[np.int32]
+    modality_ids: npt.NDArray[np.int8]
+    document_ids: npt.NDArray[np.int32]
+    span_ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    kv_lo: npt.NDArray[np.int32]
+    kv_hi: npt.NDArray[np.int32]
+    media_index: npt.NDArray[np.int64]
+    media_lo: npt.NDArray[np.int32]
+    media_hi: npt.NDArray[np.int32]
+    key_modality: npt.NDArray[np.int8]
+    row_index: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    row_weight: npt.NDArray[np.float32]
+    row_modality: npt.NDArray[np.int8]
+    contrastive_group: npt.NDArray[np.int32]
+    payloads: dict[str, Payload]
+    planned_tokens: dict[str, int]
+    actual_tokens: dict[str, int]
+    plan_rows: npt.NDArray[np.int64]
+    sample_ids: list[list[str]]
+    sample_hashes: list[list[int]]
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def supervised_tokens(self) -> float:
+        """Sum of the loss weights, this rank's share of the global normaliser."""
+        return float(self.row_weight.sum())

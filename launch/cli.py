@@ -1,0 +1,83 @@
+"""The console script `triweave`: one table of commands, each loaded only when it is called.
+
+A command is a module in `launch/commands/` with two functions: `add_arguments(parser)` declares its arguments and
+`run(arguments) -> int` does the work and returns the exit code. `triweave --help` imports none of them, so it
+answers at once, and commands that only touch shards load neither torch nor deepspeed.
+
+Exit codes: 0 done, 1 the thing looked at is damaged or the run failed, 2 the user asked for something that cannot be
+done (one line, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "fetch": "get a corpus, without root and without changing the system",
+    "build": "turn a corpus into WebDataset shards with a Parquet index and a ledger",
+    "verify": "re-hash every shard and name every damaged shard, key and member",
+    "stats": "count samples, parts, bytes and durations of a shard folder",
+    "tokenizer": "train a sentencepiece tokenizer on shards",
+    "tokenize": "write the token-count sidecar that planning needs",
+    "plan": "show what a config's packs look like: fill, rows, tokens per modality",
+    "train": "train inside one rank (what the launcher starts)",
+    "launch": "start ranks here or on a hostfile's machines with the DeepSpeed launcher",
+    "demo": "everything on a small real corpus: fetch, build, train, kill, resume",
+    "bench": "measure the loader against webdataset and against bare decoding",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        _top_level_parser().parse_args(arguments or ["--help"])
+        return 0
+    command = importlib.import_module(f"triweave.launch.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"triweave {name}",
+        description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+        epilog=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    try:
+        return int(command.run(parser.parse_args(arguments[1:])))
+    except KeyboardInterrupt:
+        print("triweave: interrupted", file=sys.stderr)
+        return 130
+    except user_errors() as error:
+        print(f"triweave {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions whose message is meant for the user; everything else is a bug and keeps its traceback."""
+    from triweave.data_pipeline.errors import DataError
+    from triweave.kernels.errors import KernelError
+    from triweave.launch.errors import LaunchError
+    from triweave.pretrain.errors import PretrainError
+
+    return (DataError, KernelError, PretrainError, LaunchError)
+
+
+def _top_level_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="triweave",
+        description="Pretrain transformers on interleaved image, text and audio documents.",
+        epilog=f"commands:\n{listing}\n\nexamples:\n  triweave demo\n  triweave build --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="triweave COMMAND [ARGUMENTS ...]",
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

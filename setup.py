@@ -1,0 +1,68 @@
+"""Package Triweave: four top-level folders become triweave.<folder>.
+
+The folders carry no __init__.py of their own: the registry holds a well-known package called `kernels`, and a
+bare folder never hides a regular package, so `import kernels` keeps meaning that one while ours is
+`triweave.kernels`. tests/test_packaging.py guards it.
+"""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("kernels", "data_pipeline", "pretrain", "launch")
+PACKAGES = [
+    f"triweave.{name}"
+    for folder in FOLDERS
+    for name in (folder, *(f"{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=["*results*"])))
+]
+
+INSTALL_REQUIRES = [
+    "torch>=2.10,<2.16",  # tensors, autograd, torch.library; 2.10 is the oldest whose bundled triton is 3.6
+    "deepspeed>=0.19.8,<0.20",  # ZeRO engine and launcher; we reach into its optimizers, so the minor is bounded
+    "triton>=3.6,<3.10; platform_system == 'Linux'",  # kernels and the ahead-of-time compiler; torch picks the exact one
+    "numpy>=2.0",  # PackedBatch, tile tables, log-mel
+    "webdataset>=1.0.2,<2",  # the stream is a webdataset.DataPipeline; shards are WebDataset tars
+    "sentencepiece>=0.2.1",  # tokenizer with byte fallback
+    "pyarrow>=20",  # Parquet indices, ledgers and sidecars
+    "jsonargparse[signatures]>=4.40",  # one YAML -> frozen dataclasses, attribute docstrings as help
+    "safetensors>=0.5",  # checkpoint fragments without pickle
+    "xxhash>=3.5",  # xxh3 on every read
+    "simplejpeg>=1.8",  # JPEG at twice Pillow's speed
+    "Pillow>=11",  # PNG, WebP and odd JPEGs
+    "soundfile>=0.13",  # audio with partial reads; writes FLAC
+    "soxr>=0.5",  # resampling
+    "rich>=14",  # progress and tables
+    "tensorboard>=2.19",  # the viewer and its event writer
+    "ninja>=1.11",  # DeepSpeed compiles its shared-memory collectives on first use
+]
+
+EXTRAS = {
+    "gpu": ["flash-attn>=2.8; platform_system == 'Linux'"],  # the `flash` attention backend
+    "svg": ["resvg-py>=0.3"],  # renders the SVG stamps of Tux Paint
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",  # a hung collective fails its test instead of the suite
+        "hypothesis>=6.130",  # shapes and corruptions nobody thought of
+        "ruff>=0.9",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "kaldi-native-fbank>=1.20",  # the oracle of our log-mel
+        "kernels>=0.9",  # the package whose name our folder must not shadow
+    ],
+}
+
+setup(
+    name="triweave",
+    version="0.1.0",
+    description="Pretrain transformers on interleaved image, text and audio documents",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_dir={f"triweave.{folder}": folder for folder in FOLDERS},
+    package_data={"": ["py.typed", "*.yaml", "*.json"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["triweave = triweave.launch.cli:main"]},
+)

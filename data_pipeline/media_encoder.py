@@ -1,0 +1,143 @@
+"""Turn media files into media parts at build time: probe, re-encode where asked, and do shared pictures only once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from triweave.data_pipeline import audio, images
+from triweave.data_pipeline.errors import MediaError
+from triweave.data_pipeline.geometry import MediaInfo
+from triweave.data_pipeline.modalities import MODALITIES, modality_of_extension
+from triweave.data_pipeline.schema import MediaPart, media_part
+
+CACHE_BYTES = 64 << 20
+"""Encoded bytes of shared media that one worker keeps in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaOptions:
+    """What happens to media on their way into shards; None keeps the original bytes.
+
+    image_max_side_px: pictures are re-encoded with at most this many pixels on the longer side.
+    audio_rate_hz: clips become mono FLAC at this rate.
+    """
+
+    image_max_side_px: int | None = None
+    audio_rate_hz: int | None = None
+
+    def reencodes(self, modality: str) -> bool:
+        """Return whether media of this modality are re-encoded."""
+        return {"image": self.image_max_side_px, "audio": self.audio_rate_hz}.get(modality) is not None
+
+
+class MediaEncoder:
+    """Make media parts in one process.
+
+    Media that many documents share (one Tux Paint picture is in about 65 documents) are kept in memory and, when they
+    are re-encoded, in `cache_folder`, which all workers of a build use. Re-encoding is deterministic, so two workers
+    that race for the same entry write the same bytes.
+    """
+
+    def __init__(self, options: MediaOptions, cache_folder: Path | None = None) -> None:
+        self.options = options
+        self._cache_folder = cache_folder
+        self._memory: OrderedDict[tuple[str, Path], MediaPart] = OrderedDict()
+        self._memory_bytes = 0
+
+    def encode(self, modality: str, data: bytes) -> MediaPart:
+        """Return the part made of encoded media bytes.
+
+        Raises MediaError for an unknown modality and for bytes that are not what they should be.
+        """
+        if modality not in MODALITIES:
+            raise MediaError(f"unknown modality {modality!r}: known are {', '.join(MODALITIES)}")
+        if modality == "image" and self.options.image_max_side_px is not None:
+            data = images.reencode(data, self.options.image_max_side_px)[0]
+        elif modality == "audio" and self.options.audio_rate_hz is not None:
+            data = audio.reencode_flac(data, self.options.audio_rate_hz)
+        info, extension, mime = MODALITIES[modality].probe(data)
+        return media_part(modality, data, extension, mime, info)
+
+    def encode_file(
+        self,
+        path: Path,
+        modality: str | None = None,
+        *,
+        shared: bool = False,
+        convert: Callable[[bytes], bytes] | None = None,
+    ) -> MediaPart:
+        """Return the part made of a media file; `shared` when other documents will ask for it again.
+
+        modality: that of the file name's ending unless given.
+        convert: turns the file's bytes into a medium (renders an SVG).
+
+        Raises MediaError.
+        """
+        modality = modality or _modality_of(path)
+        if not shared:
+            return self._encode_bytes_of(path, modality, convert)
+        remembered = self._memory.get((modality, path))
+        if remembered is not None:
+            self._memory.move_to_end((modality, path))
+            return remembered
+        part = self._from_folder_or_encode(path, modality, convert)
+        self._remember((modality, path), part)
+        return part
+
+    def _encode_bytes_of(self, path: Path, modality: str, convert: Callable[[bytes], bytes] | None) -> MediaPart:
+        data = path.read_bytes()
+        return self.encode(modality, data if convert is None else convert(data))
+
+    def _remember(self, name: tuple[str, Path], part: MediaPart) -> None:
+        self._memory[name] = part
+        self._memory_bytes += part.size_bytes
+        while self._memory_bytes > CACHE_BYTES and len(self._memory) > 1:
+            self._memory_bytes -= self._memory.popitem(last=False)[1].size_bytes
+
+    def _from_folder_or_encode(self, path: Path, modality: str, convert: Callable[[bytes], bytes] | None) -> MediaPart:
+        if self._cache_folder is None or not (convert or self.options.reencodes(modality)):
+            return self._encode_bytes_of(path, modality, convert)
+        name = xxhash.xxh3_128_hexdigest(f"{modality}:{path}:{path.stat().st_size}".encode())
+        stored = self._cache_folder / name
+        try:
+            return _unpack(stored.read_bytes())
+        except (FileNotFoundError, ValueError):  # a power cut can leave a stored file empty
+            part = self._encode_bytes_of(path, modality, convert)
+        temporary = stored.with_name(f"{name}.{os.getpid()}.tmp")
+        temporary.write_bytes(_pack(part))
+        temporary.replace(stored)
+        return part
+
+
+def _modality_of(path: Path) -> str:
+    modality = modality_of_extension(path.suffix)
+    if modality is None:
+        raise MediaError(f"{path.name}: no modality takes {path.suffix or 'a file without an extension'}")
+    return modality.name
+
+
+def _pack(part: MediaPart) -> bytes:
+    header = {
+        "modality": part.modality,
+        "extension": part.extension,
+        "mime": part.mime,
+        "info": asdict(part.info),
+        "xxh3": part.xxh3,
+    }
+    return json.dumps(header).encode() + b"\n" + (part.data or b"")
+
+
+def _unpack(stored: bytes) -> MediaPart:
+    """Return a stored part. Raises ValueError when the file is not whole."""
+    line, _, data = stored.partition(b"\n")
+    header = json.loads(line)
+    if xxhash.xxh3_64_intdigest(data) != header["xxh3"]:
+        raise ValueError("the stored medium is damaged")
+    return media_part(header["modality"], data, header["extension"], header["mime"], MediaInfo(**header["info"]))

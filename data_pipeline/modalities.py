@@ -1,0 +1,117 @@
+"""The registry of media modalities: how each is probed, counted in tokens and decoded.
+
+Everything else in Triweave asks this table and never names a modality, so a new one is one entry:
+
+    MODALITIES["sensor"] = Modality(name="sensor", id=5, extensions=("npy",), probe=..., grid=..., ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triweave.data_pipeline import audio, images
+from triweave.data_pipeline.geometry import Grid, MediaGeometry, MediaInfo, audio_grid, image_grid
+from triweave.data_pipeline.mel import log_mel_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One kind of media.
+
+    name: key in the registry, in documents (`"modality": name`) and in payloads.
+    id: small positive integer in `modality_ids`; 0 is text. Never reuse one: shards and checkpoints outlive code.
+    extensions: lower-case file name endings, no dot, that a source may take for this modality.
+    probe: bytes -> (info, extension, mime) from the header alone; raises MediaError.
+    grid: (info, geometry) -> (t, h, w), a pure function; t * h * w tokens, at least 1.
+    decode: (bytes, info, geometry) -> [t * h * w, features(geometry)] of `dtype`; raises MediaError where the bytes are
+        damaged or are not what `info` says.
+    features: values of one token.
+    dtype: of the decoded array.
+    """
+
+    name: str
+    id: int
+    extensions: tuple[str, ...]
+    probe: Callable[[bytes], tuple[MediaInfo, str, str]]
+    grid: Callable[[MediaInfo, MediaGeometry], Grid]
+    decode: Callable[[bytes, MediaInfo, MediaGeometry], npt.NDArray[Any]]
+    features: Callable[[MediaGeometry], int]
+    dtype: np.dtype[Any]
+
+
+def decode_image(data: bytes, info: MediaInfo, geometry: MediaGeometry) -> npt.NDArray[np.uint8]:
+    """Return the patches of a picture, uint8 [h * w, patch * patch * 3].
+
+    The picture is resized to exactly (h * patch, w * patch) pixels; a row is one patch in (y, x, channel) order, rows
+    are in raster order.
+
+    Raises MediaError where the bytes are damaged or have another size than `info`.
+    """
+    _, rows, columns = image_grid(info, geometry)
+    patch = geometry.image_patch_px
+    pixels = images.decode_resized(data, info, rows * patch, columns * patch)
+    patches = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 1, 3, 4)
+    return patches.reshape(rows * columns, patch * patch * 3)
+
+
+def decode_audio(data: bytes, info: MediaInfo, geometry: MediaGeometry) -> npt.NDArray[np.float32]:
+    """Return the log-mel tokens of a clip, float32 [t, frames_per_token * mel_bins], frame-major.
+
+    Raises MediaError where the bytes are damaged or have another length or rate than `info`.
+    """
+    waveform = audio.decode_mono(data, geometry.audio_rate_hz, expected=info)
+    return log_mel_tokens(waveform, geometry)
+
+
+MODALITIES: dict[str, Modality] = {
+    "image": Modality(
+        name="image",
+        id=1,
+        extensions=images.EXTENSIONS,
+        probe=images.probe,
+        grid=image_grid,
+        decode=decode_image,
+        features=lambda geometry: geometry.image_patch_px**2 * 3,
+        dtype=np.dtype(np.uint8),
+    ),
+    "audio": Modality(
+        name="audio",
+        id=2,
+        extensions=audio.EXTENSIONS,
+        probe=audio.probe,
+        grid=audio_grid,
+        decode=decode_audio,
+        features=lambda geometry: geometry.audio_frames_per_token * geometry.audio_mel_bins,
+        dtype=np.dtype(np.float32),
+    ),
+}
+
+
+def modality_of_extension(extension: str) -> Modality | None:
+    """Return the modality that takes files ending in `extension` (any case, with or without the dot), or None."""
+    ending = extension.lower().removeprefix(".")
+    return next((modality for modality in MODALITIES.values() if ending in modality.extensions), None)
+
+
+def grids(
+    modality: Modality,
+    geometry: MediaGeometry,
+    *,
+    widths: npt.NDArray[Any],
+    heights: npt.NDArray[Any],
+    samples: npt.NDArray[Any],
+    rates: npt.NDArray[Any],
+) -> npt.NDArray[np.int32]:
+    """Return int32 [N, 3] token grids of N items of one modality; each distinct info is computed once."""
+    infos = np.stack([np.asarray(column, np.int64) for column in (widths, heights, samples, rates)], axis=1)
+    distinct, inverse = np.unique(infos, axis=0, return_inverse=True)
+    table = np.empty((len(distinct), 3), np.int32)
+    for row, (width, height, length, rate) in enumerate(distinct.tolist()):
+        info = MediaInfo(width=width, height=height, samples=length, rate=rate)
+        table[row] = modality.grid(info, geometry)
+    return table[inverse.reshape(-1)]

@@ -1,0 +1,152 @@
+"""Build shards; a run that was interrupted or killed continues when it is called again.
+
+examples:
+  triweave build --source tuxpaint --input corpora/tuxpaint --out shards/tuxpaint --workers 4 \\
+      --audio-rate 16000 --image-max-side 128
+  triweave build --source folder --input photos --out shards/photos
+  triweave build --source manifest --input rows.parquet --out shards/rows --shard-size-mb 512
+  triweave build --source webdataset --input old-tars --out shards/rebuilt --json
+
+inputs:
+  tuxpaint     the folder that `triweave fetch tuxpaint` wrote
+  folder       media files; files of one stem make a document, with text from .txt or .json
+  manifest     a .parquet or .jsonl file of rows: id, parts (with paths or bytes), labels, source
+  webdataset   plain .tar files of any WebDataset, also Triweave's own
+
+OUT/ledger.parquet says what became of every input row: kept, filtered, failed or duplicate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from triweave.data_pipeline.build import BuildOptions, BuildProgress, build
+from triweave.data_pipeline.errors import SourceError
+from triweave.data_pipeline.ledger import read_ledger, reason_counts
+from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.media_encoder import MediaOptions
+from triweave.data_pipeline.sources.base import Source
+from triweave.data_pipeline.sources.registry import SOURCES
+
+_BYTES_PER_MB = 1 << 20
+_SHOWN_REASONS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--source", required=True, choices=SOURCES, help="kind of corpus")
+    parser.add_argument("--input", required=True, type=Path, help="the corpus")
+    parser.add_argument("--out", required=True, type=Path, help="shard folder to write; new, empty, or half-built")
+    parser.add_argument("--workers", type=int, default=1, help="encoding processes (default 1); same bytes for any")
+    parser.add_argument("--shard-size-mb", type=float, default=256, help="largest shard in MiB (default 256)")
+    parser.add_argument("--audio-rate", type=int, metavar="HZ", help="re-encode clips to mono FLAC at this rate")
+    parser.add_argument("--image-max-side", type=int, metavar="PX", help="re-encode pictures to at most this side")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--shuffle-seed", type=int, default=0, help="seed of the row order (default 0)")
+    order.add_argument("--keep-order", action="store_true", help="keep the order of the input")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep documents that are exact copies")
+    parser.add_argument("--overwrite", action="store_true", help="remove the shards that are in the way")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    stamps = parser.add_argument_group("only with --source tuxpaint")
+    stamps.add_argument("--language", metavar="CODES", help="keep only these languages, for example de,fr,pt_BR")
+    stamps.add_argument("--no-speech", action="store_true", help="leave spoken captions out")
+    stamps.add_argument("--no-effects", action="store_true", help="leave sound effects out")
+    stamps.add_argument("--svg", action="store_true", help="render pictures that exist as SVG alone (extra `svg`)")
+    stamps.add_argument("--part-order", choices=("mixed", "canonical"), help="order of the parts (default mixed)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build and print what was built."""
+    source = _source(arguments)
+    options = BuildOptions(
+        media=MediaOptions(image_max_side_px=arguments.image_max_side, audio_rate_hz=arguments.audio_rate),
+        shard_size_bytes=int(arguments.shard_size_mb * _BYTES_PER_MB),
+        shuffle_seed=None if arguments.keep_order else arguments.shuffle_seed,
+        deduplicate=not arguments.keep_duplicates,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    start = time.monotonic()
+    try:
+        with _progress_bar() as on_progress:
+            manifest = build(source, arguments.out, options, on_progress)
+    except KeyboardInterrupt:
+        print("triweave build: what is encoded is kept; run the same command again to continue", file=sys.stderr)
+        raise
+    _print_result(manifest, time.monotonic() - start, as_json=arguments.json)
+    return 0
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    """Return the source, refusing options that belong to another one."""
+    given: dict[str, Any] = {}
+    for option, name, value in (
+        ("--language", "languages", tuple(filter(None, (arguments.language or "").split(",")))),
+        ("--no-speech", "speech", False if arguments.no_speech else None),
+        ("--no-effects", "effects", False if arguments.no_effects else None),
+        ("--svg", "svg", arguments.svg or None),
+        ("--part-order", "part_order", arguments.part_order),
+    ):
+        if not value and value is not False:
+            continue
+        if arguments.source != "tuxpaint":
+            raise SourceError(f"{option} belongs to --source tuxpaint, not to {arguments.source}: leave it out")
+        given[name] = value
+    return SOURCES[arguments.source](root=arguments.input, **given)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[BuildProgress], None]]:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows · {task.fields[shards]} shards"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def show(state: BuildProgress) -> None:
+            if not progress.tasks:
+                progress.add_task("building", shards=0)
+            progress.update(
+                progress.tasks[0].id, completed=state.rows_done, total=state.rows_total, shards=state.shards
+            )
+
+        yield show
+
+
+def _print_result(manifest: Manifest, seconds: float, *, as_json: bool) -> None:
+    reasons = reason_counts(read_ledger(manifest.ledger_path))
+    if as_json:
+        result = {
+            "out": str(manifest.root),
+            "hash": manifest.hash,
+            "shards": len(manifest.shards),
+            "samples": manifest.samples,
+            "tar_bytes": sum(shard.tar_bytes for shard in manifest.shards),
+            "rows": manifest.rows,
+            "reasons": reasons,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    megabytes = sum(shard.tar_bytes for shard in manifest.shards) / _BYTES_PER_MB
+    counts = ", ".join(f"{number} {status}" for status, number in manifest.rows.items())
+    print(f"{manifest.root}: {manifest.samples} samples in {len(manifest.shards)} shards, {megabytes:.1f} MiB")
+    print(f"{sum(manifest.rows.values())} input rows: {counts}")
+    for item in reasons[:_SHOWN_REASONS]:
+        print(f"  {item['rows']} {item['status']}: {item['reason']}")
+    if len(reasons) > _SHOWN_REASONS:
+        print(f"  further reasons: {manifest.ledger_path}")

@@ -1,0 +1,67 @@
+"""Count what shards hold: samples, parts, bytes, durations, labels, and what became of the input rows.
+
+examples:
+  triweave stats shards/tuxpaint
+  triweave stats shards/tuxpaint --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from triweave.data_pipeline.stats import ShardStats, shard_stats
+
+_BYTES_PER_MB = 1 << 20
+_MS_PER_HOUR = 3_600_000
+_SHOWN_VALUES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="shard folder")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the statistics."""
+    stats = shard_stats(arguments.shards)
+    if arguments.json:
+        print(json.dumps(stats.to_json(), ensure_ascii=False))
+    else:
+        _print(arguments.shards, stats)
+    return 0
+
+
+def _print(folder: Path, stats: ShardStats) -> None:
+    console = Console()
+    size = f"{stats.tar_bytes / _BYTES_PER_MB:.1f} MiB"
+    console.print(f"{folder}: {stats.samples} samples, {stats.shards} shards, {size}", highlight=False, soft_wrap=True)
+    table = Table("modality", "documents", "parts", "MiB", "hours", "megapixels")
+    for name, modality in stats.modalities.items():
+        figures = (
+            str(modality.documents),
+            str(modality.parts),
+            f"{modality.part_bytes / _BYTES_PER_MB:.1f}",
+            f"{modality.ms / _MS_PER_HOUR:.2f}" if modality.ms else "",
+            f"{modality.pixels / 1e6:.1f}" if modality.pixels else "",
+        )
+        table.add_row(name, *figures)
+    console.print(table)
+    _print_counts(console, "documents", stats.combinations)
+    for label, values in stats.labels.items():
+        if values:
+            _print_counts(console, f"label {label}", values)
+        else:
+            console.print(f"label {label}: {stats.label_values[label]} values", highlight=False, soft_wrap=True)
+    _print_counts(console, "input rows", stats.rows)
+
+
+def _print_counts(console: Console, title: str, counts: dict[str, int]) -> None:
+    shown = [f"{name} {number}" for name, number in list(counts.items())[:_SHOWN_VALUES]]
+    more = [f"and {len(counts) - _SHOWN_VALUES} more"] if len(counts) > _SHOWN_VALUES else []
+    console.print(f"{title}: {', '.join(shown + more)}", highlight=False, markup=False, soft_wrap=True)

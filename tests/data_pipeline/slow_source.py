@@ -1,0 +1,85 @@
+"""A source for the build tests, in a module of its own so that worker processes can import it, and run as a script.
+
+    python slow_source.py OUT WORKERS KILL_AT [SECONDS_PER_ROW]
+
+builds 1,400 short documents; at row KILL_AT the whole build is killed with SIGKILL, once per OUT (-1: never).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triweave.data_pipeline.build import BuildOptions, build
+from triweave.data_pipeline.errors import MediaError
+from triweave.data_pipeline.media_encoder import MediaEncoder
+from triweave.data_pipeline.schema import Document, TextPart
+from triweave.data_pipeline.sources.base import FilteredError, Row
+
+ROWS = 1400
+SHARD_SIZE_BYTES = 400_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberSource:
+    """Documents `number N`; some are filtered, fail, or repeat an earlier text."""
+
+    root: Path = Path("numbers")
+    rows_total: int = ROWS
+    kill_at: int = -1
+    kill_marker: Path | None = None
+    kill_pid: int = 0
+    seconds_per_row: float = 0.0
+    name: str = "numbers"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return no options."""
+        return {}
+
+    def rows(self) -> Iterator[Row]:
+        """List the numbers; every 50th is filtered by the listing."""
+        for number in range(self.rows_total):
+            yield Row(id=f"row {number}", recipe=number, filtered="a fiftieth" if number % 50 == 49 else None)
+
+    def document(self, row: Row, encoder: MediaEncoder) -> Document:  # noqa: ARG002 - the protocol's signature
+        """Make one document, or kill the build."""
+        number = int(row.recipe)
+        time.sleep(self.seconds_per_row)
+        if number == self.kill_at and self.kill_marker is not None and not self.kill_marker.exists():
+            self.kill_marker.touch()
+            os.kill(self.kill_pid, signal.SIGKILL)
+            time.sleep(60)
+        if number % 50 == 7:
+            raise FilteredError("a seventh")
+        if number % 50 == 11:
+            raise MediaError(f"number {number} is damaged")
+        text = f"number {number - 1 if number % 50 == 13 else number} " + "x" * (number % 300)
+        if number % 50 == 13:
+            text = f"number {number - 1} " + "x" * ((number - 1) % 300)
+        return Document(id=row.id, parts=(TextPart(text=text),), labels={"number": number})
+
+
+def main() -> None:
+    """Build as the arguments say."""
+    out, workers, kill_at, seconds_per_row = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    source = NumberSource(
+        kill_at=kill_at,
+        kill_marker=out.with_suffix(".killed"),
+        kill_pid=os.getpid(),
+        seconds_per_row=seconds_per_row,
+    )
+    try:
+        build(source, out, BuildOptions(shard_size_bytes=SHARD_SIZE_BYTES, workers=workers))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The registry: tokens promised are tokens decoded, and a new modality is one entry."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from triweave.data_pipeline.errors import MediaError
+from triweave.data_pipeline.geometry import MediaGeometry, MediaInfo
+from triweave.data_pipeline.modalities import MODALITIES, Modality, grids, modality_of_extension
+from triweave.data_pipeline.tokenizer import RESERVED_MEDIA
+
+SMALL = MediaGeometry(image_patch_px=4, image_max_tokens=12, audio_mel_bins=8)
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def wav(samples, rate):
+    file = io.BytesIO()
+    soundfile.write(file, np.sin(np.arange(samples, dtype=np.float32)) * 0.3, rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def test_ids_are_the_published_ones_and_names_agree():
+    assert {name: modality.id for name, modality in MODALITIES.items()} == {"image": 1, "audio": 2}
+    assert all(name == modality.name for name, modality in MODALITIES.items())
+    assert not set(MODALITIES) & set(RESERVED_MEDIA)
+
+
+@given(st.integers(1, 90), st.integers(1, 90))
+@settings(max_examples=60, deadline=None)
+def test_an_image_decodes_to_exactly_its_tokens(width, height):
+    image = MODALITIES["image"]
+    data = png(np.zeros((height, width, 3), np.uint8))
+    info, _, _ = image.probe(data)
+    patches = image.decode(data, info, SMALL)
+    assert patches.shape == (np.prod(image.grid(info, SMALL)), image.features(SMALL))
+    assert patches.dtype == image.dtype
+
+
+@given(st.integers(1, 4_000), st.sampled_from([8_000, 16_000, 22_050, 44_100]))
+@settings(max_examples=60, deadline=None)
+def test_a_clip_decodes_to_exactly_its_tokens(samples, rate):
+    audio = MODALITIES["audio"]
+    data = wav(samples, rate)
+    info, _, _ = audio.probe(data)
+    tokens = audio.decode(data, info, SMALL)
+    assert tokens.shape == (np.prod(audio.grid(info, SMALL)), audio.features(SMALL))
+    assert tokens.dtype == audio.dtype
+
+
+def test_patches_are_in_raster_order_and_hold_y_x_channel():
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    info = MediaInfo(width=12, height=8)
+    patches = MODALITIES["image"].decode(png(pixels), info, SMALL).reshape(2, 3, 4, 4, 3)
+    for row in range(2):
+        for column in range(3):
+            assert np.array_equal(patches[row, column], pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4])
+
+
+def test_bytes_of_another_item_are_refused():
+    with pytest.raises(MediaError, match="the index says"):
+        MODALITIES["image"].decode(png(np.zeros((8, 8, 3), np.uint8)), MediaInfo(width=9, height=8), SMALL)
+    with pytest.raises(MediaError, match="the index says"):
+        MODALITIES["audio"].decode(wav(100, 8_000), MediaInfo(samples=101, rate=8_000), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("extension", "name"), [("jpg", "image"), (".PNG", "image"), ("OGG", "audio"), (".flac", "audio")]
+)
+def test_files_are_told_by_their_ending(extension, name):
+    assert modality_of_extension(extension) is MODALITIES[name]
+
+
+def test_unknown_endings_have_no_modality():
+    assert modality_of_extension("txt") is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_grids_is_grid_row_by_row(sizes):
+    widths, heights = map(np.array, zip(*sizes, strict=True))
+    zeros = np.zeros(len(sizes), np.int64)
+    table = grids(MODALITIES["image"], SMALL, widths=widths, heights=heights, samples=zeros, rates=zeros)
+    assert table.dtype == np.int32
+    expected = [MODALITIES["image"].grid(MediaInfo(width=w, height=h), SMALL) for w, h in sizes]
+    assert table.tolist() == [list(grid) for grid in expected]
+
+
+def test_grids_of_nothing_is_empty():
+    nothing = np.zeros(0, np.int64)
+    assert grids(MODALITIES["audio"], SMALL, widths=nothing, heights=nothing, samples=nothing, rates=nothing).shape == (
+        0,
+        3,
+    )
+
+
+def sensor_probe(data):
+    if len(data) % 4 or not data:
+        raise MediaError(f"sensor of {len(data)} bytes: must be whole float32 values")
+    return MediaInfo(samples=len(data) // 4, rate=10), "f32", "application/x-sensor"
+
+
+SENSOR = Modality(
+    name="sensor",
+    id=7,
+    extensions=("f32",),
+    probe=sensor_probe,
+    grid=lambda info, geometry: (-(-info.samples // geometry.extra["sensor_values"]), 1, 1),
+    decode=lambda data, info, geometry: np.pad(
+        np.frombuffer(data, np.float32), (0, -info.samples % geometry.extra["sensor_values"])
+    ).reshape(-1, geometry.extra["sensor_values"]),
+    features=lambda geometry: geometry.extra["sensor_values"],
+    dtype=np.dtype(np.float32),
+)
+
+
+def test_a_toy_sensor_joins_without_touching_the_core(monkeypatch):
+    monkeypatch.setitem(MODALITIES, "sensor", SENSOR)
+    geometry = MediaGeometry(extra={"sensor_values": 4})
+    modality = modality_of_extension("f32")
+    data = np.arange(10, dtype=np.float32).tobytes()
+    info, _, _ = modality.probe(data)
+    values = modality.decode(data, info, geometry)
+    counted = grids(modality, geometry, widths=[0], heights=[0], samples=[info.samples], rates=[info.rate])
+    assert values.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert counted.tolist() == [[3, 1, 1]]
+    assert geometry.hash != MediaGeometry().hash
+
+
+def test_what_workers_are_sent_can_be_pickled():
+    info, geometry = MediaInfo(width=3, height=4), MediaGeometry(extra={"sensor_values": 4})
+    assert pickle.loads(pickle.dumps((info, geometry))) == (info, geometry)

@@ -1,0 +1,161 @@
+"""The Tux Paint source on a small tree of the same layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from triweave.data_pipeline.build import BuildOptions, build
+from triweave.data_pipeline.errors import SourceError
+from triweave.data_pipeline.ledger import read_ledger
+from triweave.data_pipeline.media_encoder import MediaEncoder, MediaOptions
+from triweave.data_pipeline.schema import Document, TextPart
+from triweave.data_pipeline.sources.tuxpaint import TuxPaintSource, part_order
+
+CAPTIONS = "A  small\tcat. x=1\nde.utf8=Eine Katze.\npt_BR.utf8=Um gato.\nfr.utf8=\nzh_TW.utf8=貓\nnonsense\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path, picture: Callable[..., bytes], clip: Callable[..., bytes]) -> Path:
+    """One whole stamp with speech in four languages and an effect, and one of every odd case."""
+    cats = tmp_path / "stamps" / "animals" / "cats"
+    cats.mkdir(parents=True)
+    for name, content in {
+        "cat.png": picture(1, width=64, height=48),
+        "cat.svg": b"<svg/>",
+        "cat.dat": b"scale 10%",
+        "cat.txt": CAPTIONS.encode(),
+        "cat_desc.ogg": clip(1, form="OGG"),
+        "cat_desc_de.ogg": clip(2, form="OGG"),
+        "cat_desc_pt_BR.wav": clip(3, form="WAV"),
+        "cat_desc_zh_tw.ogg": clip(4, form="OGG"),
+        "cat_desc_ru.ogg": clip(5, form="OGG"),
+        "cat.wav": clip(6, form="WAV"),
+        "cat_de.ogg": clip(7, form="OGG"),
+        "cat_mirror.png": picture(2),
+        "cat_flip.png": picture(3),
+        "lonely.png": picture(4),
+        "drawn.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="4"><rect width="8" height="4"/></svg>',
+        "drawn.txt": b"A drawing.\nde.utf8=Eine Zeichnung.\n",
+        "bare.txt": b"No picture.\n",
+        "noise.ogg": clip(8, form="OGG"),
+    }.items():
+        (cats / name).write_bytes(content)
+    return tmp_path
+
+
+def documents(source: TuxPaintSource) -> dict[str, Document]:
+    encoder = MediaEncoder(MediaOptions())
+    return {row.id: source.document(row, encoder) for row in source.rows() if not row.is_decided}
+
+
+def modalities(document: Document) -> list[str]:
+    return [part.modality for part in document.parts]
+
+
+def test_one_document_per_picture_and_language(root: Path) -> None:
+    found = documents(TuxPaintSource(root=root, part_order="canonical"))
+    assert list(found) == [f"animals/cats/cat:{name}" for name in ("en", "de", "pt_BR", "zh_TW", "effect")]
+    english = found["animals/cats/cat:en"]
+    assert english.parts[1] == TextPart(text="A small cat. x=1")
+    assert english.labels == {"category": "animals", "language": "en", "stem": "animals/cats/cat", "kind": "speech"}
+    assert english.source == {"corpus": "tuxpaint-stamps", "license": "GPL-2.0-or-later"}
+    for name in ("en", "de", "pt_BR", "zh_TW"):
+        assert modalities(found[f"animals/cats/cat:{name}"]) == ["image", "text", "audio"]
+    effect = found["animals/cats/cat:effect"]
+    assert modalities(effect) == ["image", "audio", "text"]
+    assert (effect.parts[2], effect.labels["kind"]) == (english.parts[1], "effect")
+    assert effect.parts[1] != english.parts[2]
+
+
+def test_every_other_file_is_accounted_for(root: Path) -> None:
+    reasons = {row.id: row.filtered for row in TuxPaintSource(root=root).rows() if row.is_decided}
+    cats = "animals/cats"
+    assert reasons == {
+        f"{cats}/cat:fr": "no caption",
+        f"{cats}/drawn:en": "the picture is an SVG (build with --svg)",
+        f"{cats}/drawn:de": "the picture is an SVG (build with --svg)",
+        f"{cats}/bare:en": "no picture",
+        f"file:{cats}/cat_mirror.png": "a mirrored or flipped variant",
+        f"file:{cats}/cat_flip.png": "a mirrored or flipped variant",
+        f"file:{cats}/lonely.png": "a picture without captions",
+        f"file:{cats}/cat_desc_ru.ogg": "speech without a caption in its language",
+        f"file:{cats}/cat_de.ogg": "a sound effect in one language",
+        f"file:{cats}/noise.ogg": "a sound without a picture",
+    }
+
+
+def test_options_leave_things_out(root: Path) -> None:
+    german = documents(TuxPaintSource(root=root, languages=("de",)))
+    assert list(german) == ["animals/cats/cat:de"]
+    silent = documents(TuxPaintSource(root=root, speech=False, effects=False))
+    assert [set(modalities(document)) for document in silent.values()] == [{"image", "text"}] * 4
+    assert {document.labels["kind"] for document in silent.values()} == {"caption"}
+
+
+def test_svg_needs_its_extra_or_is_rendered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SourceError, match="needs the package resvg-py"):
+        TuxPaintSource(root=root, svg=True)
+    monkeypatch.undo()
+    pytest.importorskip("resvg_py")
+    drawn = documents(TuxPaintSource(root=root, svg=True))["animals/cats/drawn:de"]
+    image = next(part for part in drawn.parts if not isinstance(part, TextPart))
+    assert (image.info.width, image.info.height, image.extension) == (512, 256, "png")
+
+
+def test_mixed_order_is_dealt_by_the_id_alone() -> None:
+    speech = Counter(part_order(f"stamp {number}", "speech", "mixed") for number in range(3000))
+    assert sorted(speech) == [
+        ("image", "caption", "speech"), ("image", "speech", "caption"), ("speech", "caption", "image"),
+    ]  # fmt: skip
+    assert min(speech.values()) > 900
+    silent = Counter(part_order(f"stamp {number}", "caption", "mixed") for number in range(3000))
+    assert 2100 < silent["image", "caption"] < 2400
+    assert silent["caption", "image"] == 3000 - silent["image", "caption"]
+    assert part_order("x", "speech", "mixed") == part_order("x", "speech", "mixed")
+    assert part_order("x", "effect", "mixed") == ("image", "effect", "caption")
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="triweave fetch tuxpaint"):
+        list(TuxPaintSource(root=tmp_path / "nothing").rows())
+    with pytest.raises(SourceError, match="no stamps in it"):
+        list(TuxPaintSource(root=tmp_path).rows())
+    with pytest.raises(SourceError, match="allowed are mixed, canonical"):
+        TuxPaintSource(root=tmp_path, part_order="random")  # type: ignore[arg-type]
+
+
+def test_a_shared_picture_is_encoded_once_for_all_documents(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triweave.data_pipeline import images
+
+    calls: list[int] = []
+    plain = images.reencode
+    monkeypatch.setattr(images, "reencode", lambda data, side: calls.append(side) or plain(data, side))
+    options = BuildOptions(media=MediaOptions(image_max_side_px=32))
+    manifest = build(TuxPaintSource(root=root), root / "shards", options)
+    assert manifest.samples == 5
+    assert calls == [32]
+    encoder = MediaEncoder(options.media, root)
+    path = root / "stamps" / "animals" / "cats" / "cat.png"
+    first = encoder.encode_file(path, shared=True)
+    second = MediaEncoder(options.media, root).encode_file(path, shared=True)
+    assert first == second
+    assert len(calls) == 2, "the second encoder takes it from the folder"
+    (stored,) = [file for file in root.iterdir() if file.is_file()]
+    stored.write_bytes(stored.read_bytes()[:-9])
+    assert MediaEncoder(options.media, root).encode_file(path, shared=True) == first
+    assert len(calls) == 3, "a damaged stored picture is made again"
+
+
+def test_labels_reach_the_ledger_and_copies_are_named(root: Path) -> None:
+    cats = root / "stamps" / "animals" / "cats"
+    (cats / "cat.txt").write_text("A cat.\nen_GB.utf8=A cat.\nfr.utf8=A cat.\n")
+    manifest = build(TuxPaintSource(root=root), root / "shards", BuildOptions())
+    assert manifest.rows["duplicate"] == 1, "English has speech of its own; the other two are equal"
+    rows = {row["id"]: row for row in read_ledger(manifest.ledger_path).to_pylist()}
+    pair = [rows["animals/cats/cat:en_GB"], rows["animals/cats/cat:fr"]]
+    assert sorted(row["status"] for row in pair) == ["duplicate", "kept"]

@@ -1,0 +1,70 @@
+"""Read the text parts of a shard, sample by sample, straight from the JSON members by byte range."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError
+from triweave.data_pipeline.index import read_index
+from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.schema import TEXT
+
+_COLUMNS = ("key", "json_offset", "json_size", "part_modality", "part_xxh3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleTexts:
+    """The texts of one sample; `texts` has one entry per part, None where the part is no text."""
+
+    key: str
+    texts: list[str | None]
+
+
+def read_texts(manifest: Manifest, shard_number: int) -> Iterator[SampleTexts]:
+    """Yield the texts of every sample of a shard, in tar order; media bytes are not touched.
+
+    Every text is checked against its hash in the index.
+
+    Raises ShardMissingError where the tar is gone, ShardDamagedError where a text differs from the index.
+    """
+    columns = read_index(manifest, shard_number, _COLUMNS).to_pydict()
+    path = manifest.tar_path(shard_number)
+    if not columns["key"]:
+        return
+    try:
+        with open(path, "rb") as file:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ShardMissingError(f"{path} is missing: restore it, or build the shards again") from None
+    except (OSError, ValueError) as error:
+        raise ShardDamagedError(f"{path} cannot be read ({error}): run `triweave verify {manifest.root}`") from None
+    with view:
+        for key, offset, size, modalities, hashes in zip(*(columns[name] for name in _COLUMNS), strict=True):
+            texts = _texts_of(view[offset : offset + size], modalities, hashes)
+            if texts is None:
+                raise ShardDamagedError(
+                    f"{path}: the text of {key} differs from the index; run `triweave verify {manifest.root}`"
+                )
+            yield SampleTexts(key=key, texts=texts)
+
+
+def _texts_of(json_bytes: bytes, modalities: list[str], hashes: list[int]) -> list[str | None] | None:
+    """Return the sample's texts, or None where the JSON does not hold what the index says."""
+    try:
+        parts = json.loads(json_bytes)["parts"]
+        if [part["modality"] for part in parts] != modalities:
+            return None
+        texts: list[str | None] = [
+            part["text"] if modality == TEXT else None for part, modality in zip(parts, modalities, strict=True)
+        ]
+        for text, expected in zip(texts, hashes, strict=True):
+            if text is not None and xxhash.xxh3_64_intdigest(text.encode()) != expected:
+                return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return texts

@@ -1,5 +1,18 @@
-"""The errors of `kernels` that are meant for its user: one line that names the thing, the value and the next step."""
+"""The errors of `kernels` that are meant for its user: one line that names the thing, the value and the next step.
+
+KernelError
+├── KernelUnavailableError   the implementation asked for cannot serve here; nothing falls back silently
+└── KernelInputError         a shape, dtype or option that an op does not take
+"""
 
 
 class KernelError(Exception):
     """Base of every user-facing error of this folder; the console script prints it and exits with 2."""
+
+
+class KernelUnavailableError(KernelError):
+    """An implementation was asked for by name and cannot serve; the message says why and what can."""
+
+
+class KernelInputError(KernelError, ValueError):
+    """An argument has a shape, dtype or value outside the op's documented range."""

@@ -1,0 +1,171 @@
+"""Attention in which each query row sees one contiguous interval of keys.
+
+Causal text in a packed document is [document start, i + 1), a bidirectional media span [document start, span end), a
+sliding window a later start, cross-attention an interval of the media axis. Limit: matrix time of the live tiles.
+Sources: Dao 2023, FlashAttention-2 (backward from out and lse); Wang et al. 2024, FlashMask (intervals as masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triweave.kernels import reference_attention, sdpa_attention
+from triweave.kernels import tiles as tile_tables
+from triweave.kernels.backends import choose
+from triweave.kernels.errors import KernelInputError
+from triweave.kernels.reference import accumulation_dtype
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference_attention.attention_forward,
+    "sdpa": sdpa_attention.attention_forward,
+}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "reference": reference_attention.attention_backward,
+    "sdpa": sdpa_attention.attention_backward,
+}
+
+_TAIL = "Tensor kv_lo, Tensor kv_hi, Tensor? segments, float scale, str impl"
+torch.library.define("triweave::attention", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)")
+torch.library.define(
+    "triweave::attention_backward",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TAIL}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _segments(kv_lo: Tensor, kv_hi: Tensor, segments: Tensor | None) -> Tensor:
+    if segments is not None:
+        return segments
+    return torch.from_numpy(tile_tables.segments(kv_lo.cpu().numpy(), kv_hi.cpu().numpy()))
+
+
+@torch.library.impl("triweave::attention", "default")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, segments: Tensor | None, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return _FORWARD[impl](q, k, v, kv_lo, kv_hi, _segments(kv_lo, kv_hi, segments), scale)
+
+
+@torch.library.impl("triweave::attention_backward", "default")
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_lo: Tensor,
+    kv_hi: Tensor,
+    segments: Tensor | None,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return _BACKWARD[impl](grad, q, k, v, out, lse, kv_lo, kv_hi, _segments(kv_lo, kv_hi, segments), scale)
+
+
+@torch.library.register_fake("triweave::attention")
+def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.register_fake("triweave::attention_backward")
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, kv_lo, kv_hi, segments, ctx.scale, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, kv_lo, kv_hi, segments)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    gradients = torch.ops.triweave.attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return *gradients, *(None,) * 5
+
+
+torch.library.register_autograd("triweave::attention", _differentiate, setup_context=_save)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lo: Tensor,
+    kv_hi: Tensor,
+    *,
+    tiles: Mapping[str, Tensor | np.ndarray] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse): softmax(scale q k^T) v over keys kv_lo[b, i] <= j < kv_hi[b, i], and its log-sum-exp.
+
+            keys 0 1 2 3 4 5 6 7     lo hi
+        row 0    x . . . . . . .      0  1   document A, text
+        row 1    x x . . . . . .      0  2
+        row 2    . . x . . . . .      2  3   document B, text
+        row 3    . . x x x x . .      2  6   its image, a bidirectional span
+        row 4    . . x x x x . .      2  6
+        row 5    . . x x x x . .      2  6
+        row 6    . . x x x x x .      2  7   text after it
+        row 7    . . . . . . . .      0  0   padding: out = 0, lse = -inf, no gradient
+
+    q: [B, S, H, K]; k, v: [B, T, G, K], H a multiple of G; one dtype; any strides with a contiguous last dimension.
+    kv_lo, kv_hi: int32 [B, S], 0 <= lo and hi <= T; hi <= lo is an empty row. Every interval is allowed, in any order.
+    tiles: what `tiles.attention_tables(kv_lo, kv_hi)` returned for these very intervals (on the CPU), else it is
+    computed here, once forward and once backward. scale: 1 / sqrt(K) unless given.
+    out: [B, S, H, K], contiguous. lse: [B, H, S] in fp32 (fp64 for fp64), natural logarithm, not differentiable.
+
+    Computed in fp32 inside for bf16 and fp16. Deterministic, forward and backward. Numbers of keys outside a packed
+    document never enter the arithmetic of its rows, so even a NaN elsewhere in the pack leaves them exactly as they
+    are. Memory is linear in S.
+
+    Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
+    """
+    chosen = choose("attention", impl, q.device.type)
+    _check(q, k, v, kv_lo, kv_hi)
+    segments = None if tiles is None else torch.as_tensor(tiles["segments"])
+    return torch.ops.triweave.attention(
+        _unit_stride(q),
+        _unit_stride(k),
+        _unit_stride(v),
+        kv_lo,
+        kv_hi,
+        segments,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        chosen,
+    )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise KernelInputError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; they must be "
+            "[B, S, H, K], [B, T, G, K], [B, T, G, K]"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise KernelInputError(
+            f"attention: {q.shape[2]} query heads over {k.shape[2]} key/value heads; H must be a multiple of G"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise KernelInputError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
+    if kv_lo.shape != q.shape[:2] or kv_hi.shape != q.shape[:2]:
+        raise KernelInputError(
+            f"attention: kv_lo {tuple(kv_lo.shape)} and kv_hi {tuple(kv_hi.shape)} must be [B, S], {tuple(q.shape[:2])}"
+        )

@@ -1,0 +1,199 @@
+"""RunConfig: everything one run depends on, read from one YAML file and dotted overrides.
+
+Defaults, then the file, then `key=value` overrides, the later winning. Every section is a frozen dataclass beside its
+owner; jsonargparse checks the types, each dataclass its own values, and unknown keys are named with the nearest known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from triweave.data_pipeline.config import DataConfig
+from triweave.data_pipeline.errors import DataError
+from triweave.pretrain.checkpoint import CheckpointConfig
+from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.optimizer import OptimizerConfig
+from triweave.pretrain.schedule import ScheduleConfig
+from triweave.pretrain.zero import TrainConfig, deepspeed_config
+
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pretraining run."""
+
+    run_dir: str
+    """Folder of the run: resolved config, metrics, checkpoints, consumed samples. Made when missing."""
+    data: DataConfig
+    """What is read and how it is packed."""
+    seed: int = 0
+    """Seed of the initial weights; the order of the data has its own, data.seed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and clipping."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the steps."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batch, ZeRO stage, precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save and what to keep."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Passed to DeepSpeed as written; keys that follow from the other sections are refused."""
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise PretrainError("run_dir is empty; name the folder this run writes to")
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise PretrainError(f"seed is {self.seed}; it must be in [0, 2**63)")
+
+    def check_world(self, world_size: int) -> None:
+        """Raise PretrainError where `world_size` ranks cannot all get a row of every step."""
+        rows = self.train.global_batch_rows
+        if world_size < 1:
+            raise PretrainError(f"{world_size} ranks asked for; start at least 1")
+        if rows < world_size:
+            raise PretrainError(
+                f"{world_size} ranks but train.global_batch_rows is {rows}, so some would have no rows; "
+                f"start at most {rows} or set train.global_batch_rows={world_size}"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config of a YAML file with dotted overrides such as `model.layers=4` applied.
+
+    Raises PretrainError (or the DataError of the `data:` section), one line each, for a file that is missing or no
+    YAML mapping, an unknown key, a value of the wrong type or out of range, and a `deepspeed` key that we decide.
+    """
+    tree = _read_mapping(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    _check_keys(RunConfig, tree, "")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    try:
+        config = RunConfig(**vars(parser.instantiate(parser.parse_object(tree))))
+    except (PretrainError, DataError):
+        raise
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise _user_error(Path(path), error) from None
+    deepspeed_config(config, accumulation=1, parameters=1)  # refuses keys of ours before any rank is started
+    return config
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Write every key of the config as YAML, atomically; `load_config` of the file gives an equal config."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        yaml.safe_dump(to_plain(config), stream, sort_keys=False, allow_unicode=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a config as dicts, lists and scalars, as YAML and JSON know them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PretrainError(f"{path}: cannot read the config: {error.strerror}; pass an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PretrainError(f"{path}: not YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise PretrainError(f"{path}: holds no mapping of keys; see the configs shipped in launch/configs")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the tree; values are YAML, except where the key takes a string."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise PretrainError(f"{override!r}: an override has the form key=value, for example model.layers=4")
+    keys = name.split(".")
+    owner: Any = RunConfig
+    here: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if dataclasses.is_dataclass(owner):
+            prefix = ".".join([*keys[:depth], ""])
+            _check_keys(typing.cast(type, owner), {key: None}, prefix, shallow=True)
+            owner = typing.get_type_hints(owner)[key]
+        elif typing.get_origin(owner) is not dict and owner is not Any:
+            raise PretrainError(f"{name}: {'.'.join(keys[:depth])} is one value and has no keys of its own")
+        else:
+            owner = Any
+        if last:
+            here[key] = text if owner is str else _yaml_value(name, text)
+            return
+        here = here.setdefault(key, {})
+        if not isinstance(here, dict):
+            raise PretrainError(f"{name}: {'.'.join(keys[: depth + 1])} is {here!r} in the file, not a mapping")
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PretrainError(f"{name}={text}: not a YAML value: {_one_line(error)}") from None
+
+
+def _check_keys(owner: type, tree: Any, prefix: str, *, shallow: bool = False) -> None:
+    """Raise PretrainError for the first key below `prefix` that its dataclass lacks, with the nearest known key."""
+    if not isinstance(tree, dict):
+        raise PretrainError(f"{prefix.rstrip('.')} is {tree!r}; it must be a mapping of keys to values")
+    hints = typing.get_type_hints(owner)
+    known = [item.name for item in dataclasses.fields(owner)]
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise PretrainError(f"{prefix}{key}: unknown key; {advice}")
+        if shallow:
+            continue
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            _check_keys(typing.cast(type, inner), value, f"{prefix}{key}.")
+        elif typing.get_origin(inner) is list and isinstance(value, list):
+            element = typing.get_args(inner)[0]
+            for number, item in enumerate(value):
+                if dataclasses.is_dataclass(element):
+                    _check_keys(typing.cast(type, element), item, f"{prefix}{key}[{number}].")
+
+
+def _user_error(path: Path, error: Exception) -> PretrainError:
+    """Return jsonargparse's complaint as one line that starts with the file and the key."""
+    text = _one_line(error)
+    text = re.sub(r'^Parser key "([^"]*)":', r"\1:", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"\btyping\.Literal\[", "one of [", text)
+    text = re.sub(r"Expected an? (.+)\. Got value: ", r"must be \1, got ", text)
+    return PretrainError(f"{path}: {text}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

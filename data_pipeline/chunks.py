@@ -9,14 +9,10 @@ but cost no encoding.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from triweave.data_pipeline.manifest import file_xxh3
 from triweave.data_pipeline.media_encoder import MediaEncoder, MediaOptions
 from triweave.data_pipeline.schema import content_hash, document_key
 from triweave.data_pipeline.sources.base import FilteredError, Row, Source
+from triweave.data_pipeline.worker_process import prepare_worker
 from triweave.data_pipeline.writer import EncodedSample, encode_sample
 
 CHUNK_ROWS = 256
@@ -188,10 +185,9 @@ _encoder: ChunkEncoder | None = None
 
 
 def start_worker(job: ChunkJob, stop: Event) -> None:
-    """Prepare a worker process: interrupts are the parent's to handle, and a worker never outlives its parent."""
+    """Prepare a worker process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    prepare_worker()
     _encoder = ChunkEncoder(job, stop)
 
 
@@ -199,11 +195,3 @@ def encode_in_worker(chunk: Chunk) -> None:
     """Encode a chunk in a prepared worker process."""
     assert _encoder is not None, "start_worker was not called"
     _encoder.encode(chunk)
-
-
-def _exit_with_parent() -> None:
-    """End this process with its parent: after `kill -9` the pool's pipes alone would keep it waiting forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -3,3 +3,15 @@
 
 class PretrainError(Exception):
     """Base of every user-facing error of this folder; the console script prints it and exits with 2."""
+
+
+class ParticipationError(PretrainError):
+    """A rank called a tower that it had not announced, or the reverse; names rank, module, step and samples."""
+
+
+class NonFiniteError(PretrainError):
+    """The loss or the gradient of a step is NaN or infinite; names the step and the samples."""
+
+
+class CheckpointError(PretrainError):
+    """A checkpoint is missing, damaged or of another model; names the file or the parameter."""

@@ -1,0 +1,214 @@
+"""The participation contract: every rank knows, before its first forward, which towers every rank calls when.
+
+DeepSpeed matches collectives by order. A tower that one rank calls and another does not makes ZeRO 1, 2 and 3 reduce
+the wrong tensors with each other, silently when the sizes agree. So each window
+    announces  which towers each micro-batch calls, exchanged by all ranks before the first forward,
+    guards     a tower that some other rank calls in that micro-batch: it runs on one zero token, with zero gradients,
+    skips      a tower that nobody calls in the whole window: its weights, moments and step counts stay as they are,
+and checks that what the forward really did is what was announced, before any gradient is reduced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from triweave.data_pipeline.batch import PackedBatch
+from triweave.pretrain.errors import ParticipationError
+from triweave.pretrain.losses import MODALITY_SLOTS, weight_by_modality
+from triweave.pretrain.world import World
+
+NAMED_SAMPLES = 8
+"""An error names at most this many samples of a micro-batch."""
+
+
+class _TieZero(torch.autograd.Function):
+    """hidden -> hidden; backward gives the tower exact zeros, whatever the incoming gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, tower_output: torch.Tensor) -> torch.Tensor:
+        ctx.shape, ctx.options = tower_output.shape, {"dtype": tower_output.dtype, "device": tower_output.device}
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradients[0], torch.zeros(ctx.shape, **ctx.options)
+
+
+def tie_zero(hidden: torch.Tensor, tower_output: torch.Tensor) -> torch.Tensor:
+    """Return hidden unchanged, with an absent tower's output in its graph.
+
+    The tower's backward then runs (its hooks fire, its gradients are reduced) with gradients of exactly 0: they are
+    made, not multiplied, so an inf or NaN in hidden's gradient or in the tower's output cannot come in. The tower's
+    own derivative at its zero token must be finite.
+    """
+    result: torch.Tensor = _TieZero.apply(hidden, tower_output)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What all ranks announced for one optimizer step.
+
+    towers: names in the model's order.
+    calls: bool [ranks, micro-batches, towers].
+    weights: float64 [MODALITY_SLOTS] supervised weight of the step by what the target follows, over all ranks.
+    tokens: positions of the step that are no padding, over all ranks.
+    data_wait_s: longest wait for data of any rank.
+    """
+
+    towers: tuple[str, ...]
+    calls: npt.NDArray[np.bool_]
+    weights: npt.NDArray[np.float64]
+    tokens: int
+    data_wait_s: float
+
+    @property
+    def supervised(self) -> float:
+        """The step's normaliser: global sum of the loss weights."""
+        return float(self.weights.sum())
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Towers nobody calls in any micro-batch."""
+        return frozenset(name for index, name in enumerate(self.towers) if not self.calls[:, :, index].any())
+
+    def held(self, rank: int, micro_batch: int) -> frozenset[str]:
+        """Towers a rank calls with real payloads in one micro-batch."""
+        return frozenset(name for index, name in enumerate(self.towers) if self.calls[rank, micro_batch, index])
+
+    def guards(self, rank: int, micro_batch: int) -> frozenset[str]:
+        """Towers a rank must run without payload, since another rank holds one in that micro-batch."""
+        anyone = [self.held(other, micro_batch) for other in range(len(self.calls))]
+        return frozenset().union(*anyone) - self.held(rank, micro_batch)
+
+
+def announce(
+    world: World, towers: Sequence[str], micro_batches: Sequence[PackedBatch], *, data_wait_s: float = 0.0
+) -> Window:
+    """Exchange the coming window's tower calls and supervised weights; collective, once per optimizer step.
+
+    Raises ParticipationError on all ranks when a rank holds a modality the model has no tower for.
+    """
+    calls = np.zeros((len(micro_batches), len(towers)))
+    unknown = sorted({name for batch in micro_batches for name in batch.payloads} - set(towers))
+    for index, batch in enumerate(micro_batches):
+        calls[index] = [name in batch.payloads for name in towers]
+    weights = np.sum([weight_by_modality(batch) for batch in micro_batches], axis=0)
+    tokens = sum(int((batch.modality_ids >= 0).sum()) for batch in micro_batches)
+    rows = world.gather(np.concatenate([[len(unknown), data_wait_s, tokens], weights, calls.ravel()]))
+    if rows[:, 0].any():
+        world.agree(
+            ParticipationError(
+                f"rank {world.rank} holds {', '.join(unknown)}, the model has towers for {', '.join(towers) or 'none'};"
+                " train a model with that modality, or leave it out of the data"
+            )
+            if unknown
+            else None
+        )
+    head = 3 + MODALITY_SLOTS
+    return Window(
+        towers=tuple(towers),
+        calls=rows[:, head:].reshape(world.size, len(micro_batches), len(towers)).astype(bool),
+        weights=rows[:, 3:head].sum(axis=0),
+        tokens=int(rows[:, 2].sum()),
+        data_wait_s=float(rows[:, 1].max()),
+    )
+
+
+class TowerWatch:
+    """Compares what a forward pass does with what its rank announced.
+
+    Must be made before DeepSpeed wraps the model: its hooks then run first, so a call that nobody announced is refused
+    before ZeRO-3 gathers for it.
+    """
+
+    def __init__(self, model: nn.Module, towers: Sequence[str], world: World) -> None:
+        self._world = world
+        self._towers = {name: model.get_submodule(f"towers.{name}") for name in towers}
+        self._parameters = {
+            name: {
+                id(parameter): parameter_name
+                for parameter_name, parameter in tower.named_parameters()
+                if parameter.requires_grad
+            }
+            for name, tower in self._towers.items()
+        }
+        self._entered: Counter[str] = Counter()
+        self._expected: frozenset[str] | None = None  # None outside of `forward_of`: evaluation is not watched
+        self._where = ""
+        for name, tower in self._towers.items():
+            tower.register_forward_pre_hook(self._entry_hook(name))
+
+    @contextmanager
+    def forward_of(self, expected: frozenset[str], *, step: int, batch: PackedBatch) -> Iterator[None]:
+        """Watch one micro-batch's forward; raises ParticipationError when a tower's calls differ from `expected`."""
+        self._expected, self._where = expected, f"at step {step}, samples {name_samples(batch)}"
+        self._entered.clear()
+        try:
+            yield
+        finally:
+            self._expected = None
+        for name in self._towers:
+            if self._entered[name] != int(name in expected):
+                raise self._miscount(name, expected)
+
+    def check_gradients(self, loss: torch.Tensor, expected: frozenset[str]) -> None:
+        """Raise ParticipationError unless exactly the parameters of the expected towers will get gradients from loss.
+
+        Walks the autograd graph, a few microseconds per node, so the answer is there before any backward hook reduces.
+        """
+        reached = gradient_parameters(loss)
+        for name, parameters in self._parameters.items():
+            for key, parameter_name in parameters.items():
+                if (key in reached) != (name in expected):
+                    state = "gets a gradient but was not announced" if key in reached else "gets no gradient"
+                    raise self._violation(f"{name}.{parameter_name}", state)
+
+    def _entry_hook(self, name: str) -> Any:
+        def refuse_unannounced(module: nn.Module, arguments: Any) -> None:  # noqa: ARG001 - torch's hook signature
+            self._entered[name] += 1
+            if self._expected is None:
+                return
+            if self._entered[name] > int(name in self._expected):
+                raise self._miscount(name, self._expected)
+
+        return refuse_unannounced
+
+    def _miscount(self, name: str, expected: frozenset[str]) -> ParticipationError:
+        return self._violation(name, f"entered {self._entered[name]} times, announced {int(name in expected)}")
+
+    def _violation(self, module: str, what: str) -> ParticipationError:
+        return ParticipationError(f"rank {self._world.rank}: module towers.{module} {what}, {self._where}")
+
+
+def gradient_parameters(loss: torch.Tensor) -> set[int]:
+    """Return the ids of the leaf tensors that `loss.backward()` will give a gradient."""
+    found: set[int] = set()
+    stack = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found
+
+
+def name_samples(batch: PackedBatch) -> str:
+    """Return the first sample ids of a micro-batch, for an error message."""
+    samples = [sample for row in batch.sample_ids for sample in row]
+    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+    return (", ".join(samples[:NAMED_SAMPLES]) or "none (padding)") + more

@@ -1,0 +1,168 @@
+"""Telemetry of rank 0: metrics.jsonl, TensorBoard and the progress line.
+
+    RUN/metrics.jsonl     one object per optimizer step, each step once: a resume removes the steps it does again
+    RUN/tensorboard/      the same figures
+
+A terminal gets one line that is redrawn, anything else a plain line every `train.log_every_steps` steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from triweave.data_pipeline.batch import TEXT_ID
+from triweave.data_pipeline.modalities import MODALITIES
+from triweave.pretrain.zero import StepResult
+
+METRICS = "metrics.jsonl"
+
+
+def step_metrics(result: StepResult) -> dict[str, Any]:
+    """Return a step's line of metrics.jsonl.
+
+    loss: objective per supervised token. loss_by_modality: cross-entropy per supervised token that follows text only,
+    a picture, a sound ...; a modality without such tokens in the step is left out. step_s: the whole step with the
+    longest wait for data of any rank. tokens: every position that is no padding, over all ranks. memory_bytes: peak of
+    rank 0.
+    """
+    window = result.window
+    seconds = result.step_s + window.data_wait_s
+    return {
+        "step": result.step,
+        "loss": result.loss,
+        "loss_by_modality": {
+            name: result.cross_entropy[index] / float(window.weights[index])
+            for name, index in modality_slots().items()
+            if window.weights[index]
+        },
+        "supervised_by_modality": {
+            name: float(window.weights[index]) for name, index in modality_slots().items() if window.weights[index]
+        },
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens": window.tokens,
+        "supervised_tokens": window.supervised,
+        "tokens_per_s": window.tokens / seconds,
+        "step_s": seconds,
+        "data_wait_s": window.data_wait_s,
+        "data_wait_fraction": window.data_wait_s / seconds,
+        "absent_towers": sorted(window.absent),
+        "memory_bytes": peak_memory_bytes(),
+        "time_s": time.time(),
+    }
+
+
+def modality_slots() -> dict[str, int]:
+    """Return modality name -> its slot in per-modality vectors."""
+    return {"text": TEXT_ID, **{name: modality.id for name, modality in MODALITIES.items()}}
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: on the device where there is one, else resident on the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Telemetry:
+    """Writes a run's figures on rank 0; on other ranks every method does nothing."""
+
+    def __init__(self, run_dir: str | Path, *, rank: int, first_step: int, total_steps: int, every_steps: int) -> None:
+        """first_step: step that comes next; lines of that and later steps are removed from metrics.jsonl."""
+        self._active = rank == 0
+        if not self._active:
+            return
+        self._every_steps = every_steps
+        path = Path(run_dir) / METRICS
+        _keep_steps_before(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
+        self._line = _progress_line(first_step - 1, total_steps) if sys.stderr.isatty() else None
+        self._total_steps = total_steps
+
+    def step(self, result: StepResult) -> None:
+        """Record a finished step."""
+        if not self._active:
+            return
+        metrics = step_metrics(result)
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        for name, value in _flat(metrics):
+            self._board.add_scalar(name, value, result.step)
+        text = (
+            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  lr {metrics['lr']:.2e}  "
+            f"|g| {metrics['grad_norm']:.2f}  data wait {metrics['data_wait_fraction']:.0%}"
+        )
+        if self._line is not None:
+            self._line.update(self._line.task_ids[0], completed=result.step, figures=text)
+        elif result.step % self._every_steps == 0 or result.step == self._total_steps:
+            print(f"step {result.step}/{self._total_steps}  {text}", file=sys.stderr, flush=True)
+
+    def tell(self, message: str) -> None:
+        """Print a line beside the progress."""
+        if not self._active:
+            return
+        if self._line is not None:
+            self._line.console.print(message, highlight=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            if self._line is not None:
+                self._line.stop()
+            self._board.close()
+            self._file.close()
+
+
+def _progress_line(done: int, total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    line = Progress(*columns, console=Console(stderr=True))
+    line.add_task("train", total=total, completed=done, figures="")
+    line.start()
+    return line
+
+
+def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return (tag, value) of every number, a nested one as `outer/inner`."""
+    found: list[tuple[str, float]] = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found += [(f"{name}/{inner}", float(number)) for inner, number in value.items()]
+        elif isinstance(value, int | float) and name not in ("step", "time_s"):
+            found.append((name, float(value)))
+    return found
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Drop the lines of steps that come again, and one that a kill cut off."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    working = path.with_suffix(".writing")
+    working.write_text("".join(kept), encoding="utf-8")
+    os.replace(working, path)

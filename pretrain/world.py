@@ -1,0 +1,163 @@
+"""The process group: opened from the launcher's environment, or a world of one without a launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from triweave.data_pipeline.errors import DataError
+from triweave.kernels.errors import KernelError
+from triweave.pretrain.errors import PretrainError
+
+Result = TypeVar("Result")
+
+AGREED = "all ranks raise this"
+"""Note on an error that came out of `World.agree`: one rank may print it for all."""
+MESSAGE_BYTES = 4096
+"""An error message that travels between ranks is cut to this many UTF-8 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all ranks.
+
+    control: group over gloo for small host-side messages; on CUDA it never waits for the device.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+
+    def gather(self, values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return every rank's vector, float64 [size, len(values)]; collective, all vectors of one length."""
+        mine = torch.tensor(np.asarray(values, dtype=np.float64))
+        if self.size == 1:
+            return mine.numpy()[None]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return torch.stack(rows).numpy()
+
+    def barrier(self) -> None:
+        """Return when every rank got here."""
+        self.gather([0.0])
+
+    def agree(self, error: BaseException | None = None, *, stop: bool = False) -> bool:
+        """Return whether any rank wants to stop; raise on every rank if any rank has an error. Collective.
+
+        The rank with the error raises it; the others raise the same class (PretrainError for foreign classes) with
+        the first such rank's message, so that no rank is left waiting in a collective.
+        """
+        flags = self.gather([float(error is not None), float(stop)])
+        if flags[:, 0].any():
+            message = self._first_message(error, int(np.flatnonzero(flags[:, 0])[0]))
+            if error is None:
+                name, _, text = message.partition("\n")
+                error = next((kind for kind in _subclasses(PretrainError) if kind.__name__ == name), PretrainError)(
+                    text
+                )
+            error.add_note(AGREED)
+            raise error
+        return bool(flags[:, 1].any())
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Return this rank's `action()`; raise on every rank if it ends in a user's error on any. Collective."""
+        result: list[Result] = []
+        error: Exception | None = None
+        try:
+            result.append(action())
+        except (PretrainError, DataError, KernelError) as caught:
+            error = caught
+        self.agree(error)
+        return result[0]
+
+    def _first_message(self, error: BaseException | None, source: int) -> str:
+        text = f"{type(error).__name__}\n{error}".encode()[:MESSAGE_BYTES]
+        payload = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        payload[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if self.size > 1:
+            dist.broadcast(payload, src=source, group=self.control)
+        return bytes(payload.numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
+
+
+def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: int = 0) -> World:
+    """Join the process group and return this process's place in it.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the world is this process on a free
+    port. gloo on CPU, NCCL on CUDA with one device per local rank. Raises PretrainError when there are too few devices.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise PretrainError(
+            f"local rank {local_rank} has no CUDA device, there are {torch.cuda.device_count()}; "
+            "start fewer ranks per host, or set train.device=cpu"
+        )
+    if torch_threads:
+        torch.set_num_threads(torch_threads)
+    _quieten_deepspeed(device)
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", rank=rank, world_size=size)
+    _join_deepspeed()
+    control = dist.new_group(backend="gloo") if place.type == "cuda" else dist.group.WORLD
+    return World(rank=rank, size=size, device=place, control=control)
+
+
+def world_is_open() -> bool:
+    """Return whether this process has joined the process group."""
+    return dist.is_initialized()
+
+
+def close_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quieten_deepspeed(device: str) -> None:
+    """Let DeepSpeed choose our device and log errors only; its warnings repeat what our checks refuse or intend."""
+    os.environ["DS_ACCELERATOR"] = device
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names DeepSpeed still uses
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        handler.setLevel(logging.ERROR)
+
+
+def _join_deepspeed() -> None:
+    """Hand our process group to DeepSpeed.
+
+    Its shared-memory all-reduce serves inference only, yet every start on CPU would compile or load it with a C++
+    compiler; it is declared incompatible instead.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _subclasses(kind: type[PretrainError]) -> list[type[PretrainError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _subclasses(child))]

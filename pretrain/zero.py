@@ -1,0 +1,292 @@
+"""The engine: one optimizer step over DeepSpeed ZeRO 0-3, exact in the global-token mean.
+
+The loss of a step is  sum over all ranks and micro-batches of the loss sums / global supervised weight.  DeepSpeed
+averages gradients over the ranks, so each micro-batch's sum is multiplied by  ranks / global weight  and its division
+by the accumulation count is switched off; the result does not depend on how the rows are split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from triweave.data_pipeline.batch import PackedBatch
+from triweave.pretrain.batch import to_device
+from triweave.pretrain.errors import NonFiniteError, ParticipationError, PretrainError
+from triweave.pretrain.fragments import Fragment, fill_optimizer_state, fragments, publish_weights
+from triweave.pretrain.losses import MODALITY_SLOTS
+from triweave.pretrain.optimizer import build_adamw, group_parameters
+from triweave.pretrain.participation import TowerWatch, Window, announce, name_samples
+from triweave.pretrain.schedule import learning_rate_factor
+from triweave.pretrain.world import World
+
+if TYPE_CHECKING:
+    from triweave.pretrain.config import RunConfig
+
+OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_rows",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
+    "gradient_accumulation_steps": "train.global_batch_rows and train.micro_batch_rows",
+    "managed_gradient_accumulation": "train.global_batch_rows and train.micro_batch_rows",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+    "gradient_predivide_factor": "nothing: the loss is scaled to the global-token mean",
+    "prescale_gradients": "nothing: the loss is scaled to the global-token mean",
+    "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.ignore_unused_parameters": "nothing: the participation contract decides",
+    "zero_optimization.compute_grad_norm": "nothing: every step's norm is checked and reported",
+    "zero_optimization.round_robin_gradients": "nothing: checkpoint fragments need the plain order",
+    "zero_optimization.offload_optimizer": "nothing: checkpoint fragments of offloaded state are not supported",
+    "zero_optimization.offload_param": "nothing: checkpoint fragments of offloaded state are not supported",
+    "zero_optimization.mics_shard_size": "nothing: checkpoint fragments need one partition over all ranks",
+}
+"""Key of the DeepSpeed dict -> the setting of ours that decides it."""
+
+LARGEST_BUCKET = 500_000_000
+"""Elements of the communication buckets of a model that is at least that large, DeepSpeed's own default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How many steps of what size, and how the state is sharded."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_rows: int = 8
+    """Packed rows of one optimizer step over all ranks."""
+    micro_batch_rows: int = 1
+    """Packed rows of one forward pass of one rank."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """0 replicates everything; 1 shards the optimizer, 2 also gradients, 3 also parameters over the ranks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: low-precision compute over fp32 master weights and moments (ZeRO 1, 2, 3)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is a device; cpu talks gloo, cuda talks NCCL."""
+    log_every_steps: int = 1
+    """Steps between two progress lines; metrics.jsonl has every step."""
+    torch_threads: int = 0
+    """Threads of torch in each rank on CPU; 0 leaves the launcher's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_rows", "micro_batch_rows", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise PretrainError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.torch_threads < 0:
+            raise PretrainError(f"train.torch_threads is {self.torch_threads}; it must be 0 or above")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise PretrainError(
+                "train.precision=bf16 needs fp32 master weights, which train.zero_stage=0 does not keep; "
+                "set train.zero_stage=1 (on one rank it shards nothing)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    loss: the objective (cross-entropy plus z-loss) per supervised token of the step, nats.
+    cross_entropy: float64 [MODALITY_SLOTS] sums by what the target follows, nats; window.weights are the denominators.
+    grad_norm: global L2 norm before clipping. lr: learning rate of the trunk and all towers. step_s: seconds.
+    """
+
+    step: int
+    loss: float
+    cross_entropy: list[float]
+    grad_norm: float
+    lr: float
+    step_s: float
+    window: Window
+
+
+def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -> dict[str, Any]:
+    """Return the dict for `deepspeed.initialize`: the run's `deepspeed` section plus what our settings decide.
+
+    parameters: elements of the model, the size of buckets is bounded by it. Raises PretrainError naming any key of the
+    section that is ours.
+    """
+    given = config.deepspeed
+    zero = given.get("zero_optimization", {})
+    for key, owner in OWNED_KEYS.items():
+        section, _, name = key.rpartition(".")
+        if name in (zero if section else given):
+            raise PretrainError(f"deepspeed.{key} is decided by {owner}; remove it from the deepspeed section")
+    stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
+    if stage <= 1 and zero.get("overlap_comm"):
+        raise PretrainError(
+            f"deepspeed.zero_optimization.overlap_comm=true at train.zero_stage={stage} leaves towers unreduced that "
+            "the last micro-batch does not hold; remove it, or set train.zero_stage=2"
+        )
+    bucket = min(LARGEST_BUCKET, 2 * math.ceil(parameters / 2))
+    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage <= 1:
+        buckets["overlap_comm"] = False
+    return {
+        "steps_per_print": None,
+        **given,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
+        "gradient_accumulation_steps": accumulation,
+        # ZeRO 0 clips in this file: DeepSpeed's clip there does not report the norm
+        "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,
+        "zero_optimization": {**(buckets if stage else {}), **zero, "stage": stage},
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed with its optimizer, its participation checks and its named fragments.
+
+    Attributes: `model` (the bare module), `step` (optimizer steps done), `accumulation` (micro-batches per step and
+    rank), `world`.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World, *, accumulation: int) -> None:
+        """Hand the model, on CPU with the same weights on all ranks, over to DeepSpeed; collective.
+
+        Raises PretrainError for a `deepspeed` section with keys of ours or values DeepSpeed does not take.
+        """
+        import deepspeed
+
+        self.model, self.world, self.accumulation, self.step = model, world, accumulation, 0
+        self._config = config
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        persistent = sorted(
+            set(model.state_dict(keep_vars=True)) - {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        )
+        assert not persistent, f"checkpoints hold parameters only, but the model has buffers: {persistent}"
+        self.towers = tuple(model.get_submodule("towers")._modules)
+        self._watch = TowerWatch(model, self.towers, world)
+        groups = group_parameters(model.named_parameters(), config.optimizer)
+        self.adamw = build_adamw(groups, config.optimizer)
+        settings = deepspeed_config(
+            config, accumulation=accumulation, parameters=sum(parameter.numel() for parameter in model.parameters())
+        )
+        try:
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self.adamw, config=settings, dist_init_required=False
+            )
+        except ValueError as error:  # pydantic's validation errors are ValueErrors
+            reason = " ".join(str(error).split())
+            raise PretrainError(f"DeepSpeed refuses the deepspeed section: {reason}") from error
+        fill_optimizer_state(self._deepspeed.optimizer, self.adamw)
+
+    def train_window(self, micro_batches: Sequence[PackedBatch], *, data_wait_s: float = 0.0) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches; collective.
+
+        Towers nobody holds in the window stay bit-unchanged. Raises ParticipationError before any gradient of a
+        micro-batch is reduced, NonFiniteError before (loss) or at (gradient) the update, both on all ranks;
+        under ZeRO-3 a wrong tower call is raised by its own rank only, since its peers already wait for that gather.
+        The engine is not usable after an error.
+        """
+        started = time.perf_counter()
+        assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
+        window = announce(self.world, self.towers, micro_batches, data_wait_s=data_wait_s)
+        self._begin_window(window)
+        scale = self.world.size / window.supervised if window.supervised else 0.0
+        sums = torch.zeros(1 + MODALITY_SLOTS, dtype=torch.float64, device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            total, per_modality = self._forward(batch, window, index)
+            self._deepspeed.backward(total * scale, scale_wrt_gas=False)
+            sums += torch.cat([total.detach().view(1), per_modality]).double()
+            if index < self.accumulation - 1:
+                self._deepspeed.step()
+        loss, *cross_entropy = self._reduce_sums(sums, micro_batches).tolist()
+        grad_norm = self._update(micro_batches)
+        return StepResult(
+            step=self.step,
+            loss=loss / window.supervised if window.supervised else 0.0,
+            cross_entropy=cross_entropy,
+            grad_norm=grad_norm,
+            lr=self.adamw.param_groups[0]["lr"],
+            step_s=time.perf_counter() - started,
+            window=window,
+        )
+
+    def fragments(self) -> list[Fragment]:
+        """Return live fp32 views of the weights and moments this rank owns, by parameter name."""
+        return fragments(self._deepspeed, self.adamw, self.shapes, self.world)
+
+    def publish(self) -> None:
+        """Derive the weights the model computes with from the fragments; collective, after they were overwritten."""
+        publish_weights(self._deepspeed)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._deepspeed.destroy()
+
+    def _begin_window(self, window: Window) -> None:
+        factor = learning_rate_factor(self._config.schedule, self.step + 1, self._config.train.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = self._config.optimizer.lr * factor
+        self.adamw.absent = window.absent
+        # ZeRO-3 overwrites its gradient buffer in the first micro-batch and adds in later ones; a tower that the first
+        # one does not hold would keep the gradient of the step before, in the sum and in the norm.
+        buffer = getattr(self._deepspeed.optimizer, "grad_partitions_flat_buffer", None)
+        if buffer is not None:
+            buffer.zero_()
+
+    def _forward(self, batch: PackedBatch, window: Window, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        guards = window.guards(self.world.rank, index)
+        expected = window.held(self.world.rank, index) | guards
+        violation: ParticipationError | None = None
+        try:
+            with self._watch.forward_of(expected, step=self.step + 1, batch=batch):
+                sums = self._deepspeed(to_device(batch, self.world.device), guards)
+            self._watch.check_gradients(sums.total, expected)
+        except ParticipationError as error:
+            if self._config.train.zero_stage == 3:
+                raise
+            violation = error
+        if self.world.size > 1 or violation:
+            self.world.agree(violation)
+        return sums.total, sums.per_modality
+
+    def _reduce_sums(self, sums: torch.Tensor, micro_batches: Sequence[PackedBatch]) -> torch.Tensor:
+        finite = bool(sums.isfinite().all())
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        sums = sums.cpu()
+        if not sums.isfinite().all():
+            self.world.agree(None if finite else self._non_finite("loss", micro_batches))
+        return sums
+
+    def _update(self, micro_batches: Sequence[PackedBatch]) -> float:
+        if self._config.train.zero_stage == 0:
+            limit = self._config.optimizer.clip_norm or math.inf
+            grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            if math.isfinite(grad_norm):
+                self._deepspeed.step()
+        else:
+            self._deepspeed.step()  # skips the update by itself where the norm is not finite
+            grad_norm = float(self._deepspeed.get_global_grad_norm())
+        if not math.isfinite(grad_norm) or grad_norm < 0:
+            self.world.agree(self._non_finite("gradient", micro_batches))
+        self.step += 1
+        return grad_norm
+
+    def _non_finite(self, what: str, micro_batches: Sequence[PackedBatch]) -> NonFiniteError:
+        samples = "; ".join(name_samples(batch) for batch in micro_batches)
+        return NonFiniteError(
+            f"the {what} of step {self.step + 1} is not finite; rank {self.world.rank} held samples {samples}; "
+            "lower optimizer.lr, or resume from the last checkpoint without these samples"
+        )

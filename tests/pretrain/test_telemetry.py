@@ -1,0 +1,74 @@
+"""Figures of a step, and their files across a resume."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from triweave.pretrain.participation import Window
+from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
+from triweave.pretrain.zero import StepResult
+
+
+def result(step: int) -> StepResult:
+    """A step of 0.5 s after a wait of 0.25 s: 6 text targets at 2 nats, 2 that follow a picture at 3; no audio."""
+    weights, sums = np.zeros(8), [0.0] * 8
+    weights[modality_slots()["text"]], weights[modality_slots()["image"]] = 6, 2
+    sums[modality_slots()["text"]], sums[modality_slots()["image"]] = 12.0, 6.0
+    window = Window(
+        towers=("image", "audio"),
+        calls=np.array([[[True, False]]]),
+        weights=weights,
+        tokens=30,
+        data_wait_s=0.25,
+    )
+    return StepResult(step=step, loss=2.3, cross_entropy=sums, grad_norm=1.5, lr=1e-3, step_s=0.5, window=window)
+
+
+def test_figures_of_a_step():
+    metrics = step_metrics(result(4))
+    assert metrics["loss_by_modality"] == {"text": 2.0, "image": 3.0}
+    assert metrics["supervised_by_modality"] == {"text": 6.0, "image": 2.0}
+    assert metrics["supervised_tokens"] == 8.0
+    assert metrics["step_s"] == 0.75
+    assert metrics["tokens_per_s"] == pytest.approx(40)
+    assert metrics["data_wait_fraction"] == pytest.approx(1 / 3)
+    assert metrics["absent_towers"] == ["audio"]
+    assert metrics["memory_bytes"] > 10_000_000
+
+
+def write(folder, first_step: int, steps: range, *, rank: int = 0) -> None:
+    with Telemetry(folder, rank=rank, first_step=first_step, total_steps=9, every_steps=2) as telemetry:
+        for step in steps:
+            telemetry.step(result(step))
+
+
+def test_each_step_stands_once_after_a_resume(tmp_path, capsys):
+    """Steps 3 and 4 were done by an attempt that a resume from step 2 overtakes; its last line was cut by the kill."""
+    write(tmp_path, 1, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    write(tmp_path, 3, range(3, 7))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [line.split()[1] for line in printed.err.splitlines()] == ["2/9", "4/9", "4/9", "6/9"]
+
+
+def test_tensorboard_holds_the_nested_figures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, 1, range(1, 4))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss_by_modality/image")] == [
+        (1, 3.0), (2, 3.0), (3, 3.0),
+    ]  # fmt: skip
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    write(tmp_path, 1, range(1, 4), rank=1)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""

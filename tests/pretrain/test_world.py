@@ -1,0 +1,56 @@
+"""Ranks agree: what one rank finds wrong ends all of them, with the same message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from triweave.data_pipeline.errors import DataError
+from triweave.pretrain.errors import CheckpointError
+
+THIS = Path(__file__)
+
+
+def agreements(world) -> dict[str, object]:
+    """Run inside ranks: gather, stop, and errors of our own, of another folder and of both ranks."""
+    found: dict[str, object] = {"gathered": world.gather([world.rank, 7.0]).tolist()}
+    found["stop"] = [world.agree(stop=False), world.agree(stop=world.rank == 1)]
+    cases = {
+        "ours": CheckpointError("disk of rank 1 is full") if world.rank == 1 else None,
+        "foreign": DataError("shard 3 is missing") if world.rank == 1 else None,
+        "long": CheckpointError("x" * 10_000) if world.rank == 0 else None,
+        "both": CheckpointError(f"rank {world.rank}"),
+    }
+    for name, error in cases.items():
+        try:
+            world.agree(error)
+        except Exception as raised:
+            found[name] = (type(raised).__name__, str(raised)[:40], raised.__notes__)
+    found["together"] = world.together(lambda: world.rank * 10)
+    return found
+
+
+def test_errors_and_stops_reach_every_rank(rank_pool):
+    zero, one = rank_pool.pool(2).run(THIS, "agreements")
+    note = ["all ranks raise this"]
+    for answer in (zero, one):
+        assert answer["gathered"] == [[0.0, 7.0], [1.0, 7.0]]
+        assert answer["stop"] == [False, True]
+        assert answer["ours"] == ("CheckpointError", "disk of rank 1 is full", note)
+        assert answer["long"] == ("CheckpointError", "x" * 40, note)
+    assert one["foreign"] == ("DataError", "shard 3 is missing", note)
+    assert zero["foreign"] == ("PretrainError", "shard 3 is missing", note)
+    assert (zero["both"][1], one["both"][1]) == ("rank 0", "rank 1")
+    assert (zero["together"], one["together"]) == (0, 10)
+
+
+def failing_bug(world) -> str:
+    """A bug is no user's error: it keeps its type and traceback, and is not agreed on."""
+    with pytest.raises(ZeroDivisionError):
+        world.together(lambda: 1 // 0)
+    return "passed on"
+
+
+def test_bugs_are_not_dressed_up(rank_pool):
+    assert rank_pool.pool(2).run(THIS, "failing_bug") == ["passed on"] * 2

@@ -42,9 +42,9 @@ class PackedBatch:
 
     tokens: int32 [B, S] token ids; placeholders at media positions, pad id at padding.
     modality_ids: int8 [B, S] modality of each position, PADDING_ID at padding.
-    document_ids: int32 [B, S] document within the row, -1 at padding.
+    document_ids: int32 [B, S] document piece within the row, -1 at padding.
     span_ids: int32 [B, S] media item within the row (all modalities counted together), -1 elsewhere.
-    positions: int32 [B, S, 3] (t, h, w), starting at 0 for every document.
+    positions: int32 [B, S, 3] (t, h, w), starting at 0 for every document piece.
     kv_lo, kv_hi: int32 [B, S] half-open key interval of each query within its row; empty (0, 0) at padding.
     media_index: int64 [B, T] position within the row of each media token, in order; -1 beyond a row's last.
     media_lo, media_hi: int32 [B, S] interval on the T axis: the media tokens of the same document before the query
@@ -59,7 +59,7 @@ class PackedBatch:
     payloads: modality name -> Payload; a modality that no row holds is absent.
     planned_tokens, actual_tokens: modality name -> tokens planned for, and really filled in (fillers are zero).
     plan_rows: int64 [B] absolute plan row of each row; -1 for a zero-loss row that only evens out the ranks.
-    sample_ids: per row, one `source:key:first_token:end_token` per document piece; fillers end in `:filler`.
+    sample_ids: per row, one `source:epoch:key:first_token:end_token` per document piece; fillers end in `:filler`.
     sample_hashes: per row, the xxh3 of each piece's tokens, in the order of sample_ids.
     timings_ms: stage (`fetch`, `decode`, `pack`) -> milliseconds the worker spent.
     extra: whatever `post_pack` adds (tile tables).

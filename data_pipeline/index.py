@@ -94,7 +94,7 @@ def read_index(manifest: Manifest, shard_number: int, columns: Sequence[str] | N
     """
     path = manifest.index_path(shard_number)
     try:
-        table = pq.read_table(path, columns=None if columns is None else list(columns), memory_map=False)
+        table = pq.ParquetFile(path).read(None if columns is None else list(columns), use_threads=False)
     except FileNotFoundError:
         raise ShardMissingError(f"{path} is missing: restore it, or build the shards again") from None
     except (pa.ArrowInvalid, OSError) as error:

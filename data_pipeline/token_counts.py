@@ -86,7 +86,7 @@ def read_token_counts(manifest: Manifest, shard_number: int, tokenizer_hash: str
     path = token_counts_path(manifest, shard_number, tokenizer_hash)
     advice = f"run `triweave tokenize {manifest.root} --tokenizer FILE`"
     try:
-        table = pq.read_table(path, memory_map=False)
+        table = pq.ParquetFile(path).read(use_threads=False)
     except FileNotFoundError:
         raise DataError(f"no token counts for tokenizer {tokenizer_hash[:16]} at {path}: {advice}") from None
     except (pa.ArrowException, OSError) as error:

@@ -1,0 +1,206 @@
+"""DataConfig: what to read, how to blend and pack it, and the reader of the `data:` key of a run's YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from triweave.data_pipeline.errors import ConfigError, DataError
+from triweave.data_pipeline.geometry import MediaGeometry
+
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One shard folder of the mixture."""
+
+    name: str
+    """Name of the source in the plan, the ledger and the logs: [a-z0-9_-], at most 64 characters."""
+    shards: str
+    """Folder with tars, indices and manifest.json, as `triweave build` writes it."""
+    weight: float = 1.0
+    """Share of this source in the samples (not in the tokens) drawn, relative to the other weights; above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights and names that no plan can use."""
+        if not self.weight > 0 or self.weight == float("inf"):
+            raise ConfigError(f"data.sources.{self.name}.weight={self.weight}: must be above 0 and finite")
+        if not SOURCE_NAME.fullmatch(self.name):
+            raise ConfigError(f"data.sources name {self.name!r}: use 1 to 64 of a-z, 0-9, _ and -")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """Budgets of one pack beside its tokens. None: whatever fits into the tokens, so the cap scales with the length."""
+
+    image_tokens: int | None = None
+    """Most image tokens in a pack, the bound on what the image tower sees at once; None: sequence_length."""
+    images: int | None = None
+    """Most pictures in a pack; None: sequence_length // 4, so only documents of a few tokens meet it."""
+    audio_ms: int | None = None
+    """Most milliseconds of audio in a pack; None: what sequence_length audio tokens last."""
+    contrastive_group_rows: int = 64
+    """Consecutive plan rows whose spans are each other's negatives; independent of ranks and micro-batches."""
+
+    def __post_init__(self) -> None:
+        """Refuse caps below 1."""
+        for name in ("image_tokens", "images", "audio_ms", "contrastive_group_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.packing.{name}={value}: must be at least 1, or null for the default")
+
+    def caps(self, sequence_length: int, geometry: MediaGeometry) -> dict[str, int]:
+        """Return budget name -> cap of a pack of `sequence_length` tokens, `tokens` first."""
+        token_ms = geometry.audio_frames_per_token * geometry.audio_hop_ms
+        window_ms = geometry.audio_window_ms
+        return {
+            "tokens": sequence_length,
+            "image_tokens": self.image_tokens or sequence_length,
+            "images": self.images or max(1, sequence_length // 4),
+            "audio_ms": self.audio_ms or sequence_length * token_ms + window_ms,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Everything the stream of packs depends on, and how this machine reads it."""
+
+    sources: list[SourceConfig]
+    """Shard folders to blend. One source is read epoch by epoch; several are drawn by weight."""
+    tokenizer: str
+    """Tokenizer file of `triweave tokenizer train`; `triweave tokenize` must have counted the shards with it."""
+    sequence_length: int = 4096
+    """Tokens of a pack, L."""
+    geometry: MediaGeometry = field(default_factory=MediaGeometry)
+    """How pictures and sounds become tokens."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """Budgets of a pack beside its tokens."""
+    block_samples: int = 65_536
+    """Samples that are shuffled and packed together: more mixes better and costs each process memory, about 1 kB
+    each."""
+    seed: int = 0
+    """Seed of every order the plan draws."""
+    workers: int = 2
+    """Processes per rank that read, decode and pack; 0 does it in the training process. Never changes what is read."""
+    prefetch: int = 2
+    """Micro-batches each worker keeps ready."""
+    corrupt_budget: float = 0.001
+    """Damaged samples a rank may replace by fillers before it stops: below 1 a share of an epoch's samples, rounded
+    up; from 1 on a number."""
+
+    def __post_init__(self) -> None:
+        """Refuse values no plan can use."""
+        if not self.sources:
+            raise ConfigError("data.sources is empty: name at least one shard folder")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"data.sources names {name!r} twice: give each source its own name")
+        for name, least in (("sequence_length", 8), ("block_samples", 1), ("workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        if not self.corrupt_budget >= 0:
+            raise ConfigError(f"data.corrupt_budget={self.corrupt_budget}: must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"data.seed={self.seed}: must be in [0, 2**63)")
+
+    @property
+    def caps(self) -> dict[str, int]:
+        """Budget name -> cap of one pack."""
+        return self.packing.caps(self.sequence_length, self.geometry)
+
+
+def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
+    """Return the `data:` key of a run's YAML with dotted `data.key=value` overrides applied.
+
+    Keys outside `data` are left to their owners, and overrides of them are ignored, so the same command line works for
+    planning and for training. Raises ConfigError naming the key, and the nearest known one where a key is unknown.
+    """
+    import jsonargparse
+
+    keys = read_yaml(path)
+    if "data" not in keys:
+        raise ConfigError(f"{path}: has no `data:` key, which names the shards and the tokenizer")
+    dotted = [item for item in overrides if item.split("=", 1)[0].split(".")[0] == "data"]
+    check_keys(DataConfig, keys["data"], "data")
+    for item in dotted:
+        check_override(DataConfig, item, "data")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=DataConfig, required=True)
+    try:
+        parsed = parser.parse_args(["--data", _to_json(keys["data"])] + [f"--{item}" for item in dotted])
+        config = parser.instantiate_classes(parsed).data
+    except DataError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    assert isinstance(config, DataConfig)
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping a YAML file holds. Raises ConfigError where there is none."""
+    import yaml
+
+    try:
+        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}; pass an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{path}: holds no mapping of keys; see the configs shipped in launch/configs")
+    return keys
+
+
+def check_keys(owner: type, keys: Any, prefix: str) -> None:
+    """Raise ConfigError for the first key that `owner` (a dataclass) does not have, naming the nearest one it has."""
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{prefix}={keys!r}: must be a mapping of keys to values")
+    types = get_type_hints(owner)
+    known = [item.name for item in fields(owner)]
+    for key, value in keys.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{prefix}.{key}: unknown key; {hint}")
+        if is_dataclass(types[key]) and isinstance(types[key], type):
+            check_keys(types[key], value, f"{prefix}.{key}")
+        elif key == "sources" and isinstance(value, list):
+            for number, source in enumerate(value):
+                check_keys(SourceConfig, source, f"{prefix}.sources[{number}]")
+
+
+def check_override(owner: type, item: str, prefix: str) -> None:
+    """Raise ConfigError where `prefix.key[.key]=value` is no assignment, or names a key that `owner` does not have."""
+    name, separator, _ = item.partition("=")
+    if not separator:
+        raise ConfigError(f"{item!r}: an override has the form key=value, for example {prefix}.seed=1")
+    nested: Any = None
+    for part in reversed(name.split(".")[1:]):
+        nested = {part: nested}
+    if nested is None:
+        raise ConfigError(f"{item!r}: set one key of {prefix} at a time, for example {prefix}.seed=1")
+    types = get_type_hints(owner)
+    first = name.split(".")[1]
+    inner = types.get(first)
+    if len(name.split(".")) > 2 and not (isinstance(inner, type) and is_dataclass(inner)) and first in types:
+        raise ConfigError(f"{name}: {prefix}.{first} has no keys of its own to override")
+    if len(name.split(".")) > 2 or first not in types:
+        check_keys(owner, nested, prefix)
+
+
+def _to_json(keys: Any) -> str:
+    import json
+
+    return json.dumps(keys)

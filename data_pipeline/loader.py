@@ -35,7 +35,7 @@ from triweave.data_pipeline.plan import Planner
 from triweave.data_pipeline.reader import CorruptSampleError
 from triweave.data_pipeline.state import StreamState
 from triweave.data_pipeline.tokenizer import Tokenizer
-from triweave.data_pipeline.transport import Parcel, start_method, start_worker, unwrap, wrap
+from triweave.data_pipeline.transport import Parcel, interrupts_held, start_method, start_worker, unwrap, wrap
 from triweave.data_pipeline.windows import MicroBatchTask, WindowShape, micro_batch_tasks
 
 # It may have been imported before us, with the variable unset.
@@ -178,7 +178,8 @@ class StepLoader:
             multiprocessing_context=start_method(),
             worker_init_fn=start_worker,
         )
-        workers = iter(loader)
+        with interrupts_held():
+            workers = iter(loader)
         try:
             for parcel in workers:
                 yield unwrap(parcel)

@@ -13,8 +13,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +80,7 @@ def start_worker(_worker: int) -> None:
     tune_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _report_unless_hung_up
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -94,6 +99,19 @@ def tune_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, KEPT_FREE_BYTES)
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while workers start; they inherit that and never see one, this process gets it afterwards.
+
+    Without it a worker that has not come to `start_worker` yet dies of the Ctrl-C with a traceback of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_method() -> str:
     """Return how worker processes are started: `fork`, unless this process has a CUDA context.
 
@@ -106,6 +124,12 @@ def start_method() -> str:
     if "fork" in methods and not torch.cuda.is_initialized():
         return "fork"
     return "forkserver" if "forkserver" in methods else "spawn"
+
+
+def _report_unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception of the thread that hands out shared memory, unless the rank was interrupted in mid-call."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _leave_with_parent(parent_id: int) -> None:

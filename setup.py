@@ -19,12 +19,12 @@ PACKAGES = [
 INSTALL_REQUIRES = [
     "torch>=2.10,<2.16",  # tensors, autograd, torch.library; 2.10 is the oldest whose bundled triton is 3.6
     "deepspeed>=0.19.8,<0.20",  # ZeRO engine and launcher; we reach into its optimizers, so the minor is bounded
-    "triton>=3.6,<3.10; platform_system == 'Linux'",  # kernels and the ahead-of-time compiler; torch picks the exact one
+    "triton>=3.6,<3.10; platform_system == 'Linux'",  # kernels, ahead-of-time compiler; torch picks the exact one
     "numpy>=2.0",  # PackedBatch, tile tables, log-mel
     "webdataset>=1.0.2,<2",  # the stream is a webdataset.DataPipeline; shards are WebDataset tars
     "sentencepiece>=0.2.1",  # tokenizer with byte fallback
     "pyarrow>=20",  # Parquet indices, ledgers and sidecars
-    "jsonargparse[signatures]>=4.40",  # one YAML -> frozen dataclasses, attribute docstrings as help
+    "jsonargparse[signatures]>=4.49",  # one YAML -> frozen dataclasses, attribute docstrings as help
     "safetensors>=0.5",  # checkpoint fragments without pickle
     "xxhash>=3.5",  # xxh3 on every read
     "simplejpeg>=1.8",  # JPEG at twice Pillow's speed
@@ -47,7 +47,9 @@ EXTRAS = {
         "mypy>=1.15",
         "types-PyYAML",
         "kaldi-native-fbank>=1.20",  # the oracle of our log-mel
+        "resvg-py>=0.3",  # the tests of the svg extra
         "kernels>=0.9",  # the package whose name our folder must not shadow
+        "setuptools>=77",  # the packaging tests build without a network
     ],
 }
 

@@ -1,0 +1,122 @@
+"""The shape of the code base, checked on its syntax trees: who imports whom, and the few rules a linter has not got."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ARROWS = {
+    "kernels": set(),
+    "data_pipeline": set(),
+    "pretrain": {"kernels", "data_pipeline"},
+    "launch": {"kernels", "data_pipeline", "pretrain"},
+}
+"""Folder -> folders of ours it may import beside itself."""
+
+CODEC_LIBRARIES = {"simplejpeg", "PIL", "soundfile", "soxr", "resvg_py"}
+CODEC_FILES = {"data_pipeline/images.py", "data_pipeline/audio.py"}
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+LONGEST_FILE_LINES = 500
+
+SOURCES = sorted(path for folder in ARROWS for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(text: str) -> Iterator[str]:
+    """Yield the dotted names that a file imports anywhere in it, `from a import b` as `a.b`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full, triweave.<folder>"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(name: str, text: str) -> list[str]:
+    """Return what a source file (named from the repository's root) imports against the rules."""
+    folder = name.split("/")[0]
+    found = []
+    for module in imported_modules(text):
+        top, _, rest = module.partition(".")
+        if top in ARROWS:
+            found.append(f"{name} imports {module}: write triweave.{module}")
+        elif top == "triweave" and rest.split(".")[0] not in ARROWS[folder] | {folder}:
+            found.append(f"{name} imports {module}: {folder} may import of ours {sorted(ARROWS[folder]) or 'nothing'}")
+        elif top == "triton" and not name.endswith("_triton.py"):
+            found.append(f"{name} imports {module}: only *_triton.py may")
+        elif top == "deepspeed" and folder != "pretrain":
+            found.append(f"{name} imports {module}: only pretrain/ may")
+        elif top in CODEC_LIBRARIES and name not in CODEC_FILES:
+            found.append(f"{name} imports {module}: only {sorted(CODEC_FILES)} may")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert violations(relative(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("kernels/a.py", "from triweave.data_pipeline import batch"),
+        ("data_pipeline/a.py", "import triweave.pretrain.model"),
+        ("pretrain/a.py", "from triweave.launch.cli import main"),
+        ("pretrain/a.py", "from kernels import attention"),
+        ("kernels/attention.py", "import triton.language as tl"),
+        ("launch/a.py", "def late():\n    import deepspeed"),
+        ("data_pipeline/a.py", "from PIL import Image"),
+    ],
+)
+def test_the_rules_catch_a_violation(name: str, line: str) -> None:
+    assert len(violations(name, line)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("kernels/attention_triton.py", "import triton"),
+        ("pretrain/zero.py", "import deepspeed"),
+        ("launch/a.py", "from triweave.pretrain.config import load_config"),
+        ("data_pipeline/images.py", "import simplejpeg"),
+    ],
+)
+def test_the_rules_allow_what_they_should(name: str, line: str) -> None:
+    assert violations(name, line) == []
+
+
+def test_folders_are_namespace_packages() -> None:
+    assert [relative(path) for path in SOURCES + TESTS if path.name == "__init__.py"] == []
+    assert all((ROOT / folder / "py.typed").exists() for folder in ARROWS)
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=relative)
+def test_files_keep_the_rules_of_the_house(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE_LINES, "split it"
+    assert path.stem not in FORBIDDEN_NAMES, "name a module for what it does"
+    # put together here so that this file does not hold the word
+    assert not re.search(r"\b(" + "TO" + "DO|FIX" + "ME|X" + r"XX)\b", text), "file an issue instead"
+    assert re.search(r"[\"'](/home/|/work/|/root/|/Users/)", text) is None, "no absolute paths of a machine"
+
+
+def test_pretrain_hides_no_standard_module() -> None:
+    """`deepspeed pretrain/train.py` puts pretrain/ first on sys.path."""
+    import sys
+
+    assert {path.stem for path in (ROOT / "pretrain").glob("*.py")} & set(sys.stdlib_module_names) == set()
+
+
+def test_the_spine_stays_short() -> None:
+    spine = ROOT / "pretrain" / "train.py"
+    assert len(spine.read_text(encoding="utf-8").splitlines()) <= 200

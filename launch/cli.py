@@ -46,13 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     try:
-        return int(command.run(parser.parse_args(arguments[1:])))
+        return int(command.run(_parse(parser, arguments[1:])))
     except KeyboardInterrupt:
         print("triweave: interrupted", file=sys.stderr)
         return 130
     except user_errors() as error:
         print(f"triweave {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse with `key=value` arguments anywhere between the options, except in a command that has sub-commands."""
+    try:
+        return parser.parse_intermixed_args(arguments)
+    except TypeError:  # what argparse raises at once for sub-commands
+        return parser.parse_args(arguments)
 
 
 def user_errors() -> tuple[type[Exception], ...]:

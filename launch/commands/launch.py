@@ -1,0 +1,106 @@
+"""examples:
+  triweave launch launch/configs/demo_cpu.yaml --num-ranks 2
+  triweave launch run.yaml --resume                          all GPUs of this machine, from the newest checkpoint
+  triweave launch run.yaml optimizer.lr=3e-4 train.steps=500
+  triweave launch run.yaml --hostfile hosts --num-ranks 16   first 16 slots of the hostfile, over pdsh and ssh
+  triweave launch run.yaml --num-ranks 8 --dry-run           print the command line and stop
+
+A hostfile has lines like `worker-0 slots=8`. Who prefers the plain tool types
+  deepspeed --hostfile hosts pretrain/train.py run.yaml
+Exit code: 0 done, 2 the run cannot work (one line says why), 130 interrupted, else the code of the rank that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triweave.launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from triweave.launch.deepspeed_launcher import LaunchCommand
+    from triweave.pretrain.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", type=Path, help="YAML of the run; see launch/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys to set on top of the YAML")
+    parser.add_argument(
+        "--num-ranks",
+        type=int,
+        metavar="N",
+        help="processes in all (default: one per GPU, 1 without; all slots of a hostfile)",
+    )
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="machines to use, lines of `NAME slots=N`")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in run_dir")
+    parser.add_argument("--oversubscribe", action="store_true", help="on CPU, allow more ranks than cores")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the command line, start nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the run, start its ranks, wait for them."""
+    from triweave.pretrain.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    command = plan_command(arguments, config)
+    if arguments.dry_run:
+        print(command)
+        return 0
+    return start(command, run_dir=Path(config.run_dir))
+
+
+def plan_command(arguments: argparse.Namespace, config: RunConfig) -> LaunchCommand:
+    """Check ranks, machines and data, and return what to start. Raises LaunchError, DataError or PretrainError."""
+    from triweave.launch.deepspeed_launcher import hostfile_command, local_command
+    from triweave.launch.hostfile import parse_hostfile, take_ranks
+    from triweave.launch.machine import free_port, inspect_machine
+    from triweave.launch.preflight import check_ranks, check_run, check_slots
+
+    machine = inspect_machine()
+    training = [str(arguments.config.resolve()), *arguments.overrides, *["--resume"] * arguments.resume]
+    if arguments.hostfile is None:
+        ranks = machine.default_ranks if arguments.num_ranks is None else arguments.num_ranks
+        check_ranks(ranks, machine=machine, oversubscribe=arguments.oversubscribe)
+        command = local_command(training, machine=machine, ranks=ranks, port=free_port())
+    else:
+        all_hosts = parse_hostfile(arguments.hostfile)
+        ranks = sum(host.slots for host in all_hosts) if arguments.num_ranks is None else arguments.num_ranks
+        check_slots(ranks, all_hosts)
+        command = hostfile_command(
+            training,
+            hostfile=arguments.hostfile,
+            hosts=take_ranks(all_hosts, ranks),
+            all_hosts=all_hosts,
+            machine=machine,
+            port=free_port(),
+        )
+    check_run(config, ranks=ranks)
+    return command
+
+
+def start(command: LaunchCommand, *, run_dir: Path) -> int:
+    """Run the command to its end with a log in run_dir; return the exit code, after one line where it is not 0."""
+    from triweave.launch.processes import run_to_end
+
+    log_path = run_dir / "launch.log"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("ab")
+    except OSError as error:
+        raise LaunchError(
+            f"run_dir {run_dir}: {error.strerror}; choose a folder that can be written: run_dir=DIR"
+        ) from None
+    with log:
+        outcome = run_to_end(command, log=log)
+    if outcome.stopped_by is not None:
+        print(f"triweave launch: stopped by {outcome.stopped_by.name}; all ranks have ended", file=sys.stderr)
+        return 128 + outcome.stopped_by
+    if outcome.exit_code not in (0, 2):  # the line of a user error (2) has been shown already
+        code = f"{outcome.exit_code}" + (f" (signal {outcome.exit_code - 128})" if outcome.exit_code > 128 else "")
+        print(f"triweave launch: a rank failed with exit code {code}; its output is in {log_path}", file=sys.stderr)
+    return outcome.exit_code

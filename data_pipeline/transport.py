@@ -15,7 +15,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 ALIGNMENT_BYTES = 64
-PARENT_CHECK_SECONDS = 1.0
+RANK_CHECK_SECONDS = 1.0
 SHARED_MEMORY = "/dev/shm"
 SHARED_MARGIN = 8
 """Free shared memory must hold this many parcels of the size at hand, since other workers take from it as well."""
@@ -71,17 +70,17 @@ def unwrap(parcel: Parcel) -> Any:
 
 
 def start_worker(_worker: int) -> None:
-    """Prepare a loader worker process.
+    """Prepare a loader worker process: it ends when its rank says so or is gone, and for no other reason.
 
-    Ctrl-C reaches the whole foreground group; the rank decides what it means and ends its workers, so they ignore it.
-    SIGTERM handlers that the rank installed (checkpoint and leave) must not run in its workers. And a rank that is
-    killed outright tells nobody: each worker watches for its parent and leaves with it.
+    Ctrl-C reaches the whole foreground group and launchers send SIGTERM to every process they find; the rank decides
+    what either means (checkpoint and leave, say) and needs its workers until then. And a rank that is killed outright
+    tells nobody. So a thread waits for the rank's own SIGTERM and looks whether the rank still lives.
     """
     tune_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     sys.excepthook = _report_unless_hung_up
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_rank, daemon=True).start()
 
 
 def tune_memory() -> None:
@@ -132,10 +131,15 @@ def _report_unless_hung_up(kind: type[BaseException], error: BaseException, trac
         sys.__excepthook__(kind, error, trace)
 
 
-def _leave_with_parent(parent_id: int) -> None:
-    parent = multiprocessing.parent_process()
-    while os.getppid() == parent_id and (parent is None or parent.is_alive()):
-        time.sleep(PARENT_CHECK_SECONDS)
+def _leave_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "start_worker belongs into a worker process"
+    # Forked workers hold each other's ends of the pipes that is_alive looks at; others have the fork server as parent.
+    forked = os.getppid() == rank.pid
+    while os.getppid() == rank.pid if forked else rank.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, RANK_CHECK_SECONDS)
+        if received is not None and received.si_pid == rank.pid:
+            break
     os._exit(1)
 
 

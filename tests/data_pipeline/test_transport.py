@@ -85,6 +85,20 @@ for window in StepLoader(config, rank=0, world_size=1, global_batch_rows=2, micr
 """
 
 
+STEADFAST = """
+import signal
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+""" + ENDLESS.replace(
+    "    print(window.end_row, flush=True)",
+    """
+    print(window.end_row, len(told), flush=True)
+    if len(told) and window.end_row > 40:
+        break
+""",
+)
+
+
 def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -119,3 +133,19 @@ def test_no_worker_outlives_its_rank(stream_data: Any, ending: signal.Signals) -
         assert not left, "orphan workers"
         if ending is signal.SIGINT:
             assert process.stderr.read().count("Traceback") == 1, "workers must not print tracebacks of their own"
+
+
+def test_a_sigterm_to_everybody_leaves_the_workers_to_their_rank(stream_data: Any) -> None:
+    command = [sys.executable, "-c", STEADFAST, str(stream_data.birds), str(stream_data.tokenizer)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "2 0\n"
+        time.sleep(1.5)  # both workers are prepared
+        os.killpg(process.pid, signal.SIGTERM)
+        rows = [int(line.split()[0]) for line in process.stdout]
+        assert process.wait(timeout=30) == 0, process.stderr.read()
+        assert rows[-1] > 40
+        assert rows == list(range(4, rows[-1] + 2, 2)), "the stream goes on as if nothing had happened"

@@ -1,7 +1,8 @@
 """Tux Paint stamps: one document per picture and language (picture, caption, and speech where somebody spoke it).
 
     stamps/<category>/.../<stem>.{png,svg}   the picture, RGBA
-    <stem>.txt                               line 1 the English caption, then LANG.utf8=caption
+    <stem>.txt                               line 1 the English caption, then LANG.utf8=caption; of equal captions
+                                             the first stays, and every one that was spoken
     <stem>_desc_LANG.ogg, <stem>_desc.ogg    the caption spoken in LANG, in English
     <stem>.ogg|wav                           a sound effect; with the picture and the English caption, a document too
     <stem>_LANG.ogg                          the effect in a language (spoken digits): filtered
@@ -120,6 +121,7 @@ class TuxPaintSource:
         no_picture = _picture_problem(picture, self.svg)
         clips = speech.get(stem, {})
         captions = _captions((self.stamps / f"{stem}.txt").read_bytes())
+        first_with: dict[str, str] = {}
         for language, caption in captions.items():
             clip = clips.get(language.lower())
             used.update([clip] if clip else [])
@@ -127,6 +129,9 @@ class TuxPaintSource:
             if self.speech and clip:
                 recipe["speech"] = files[clip].recipe
             reason = no_picture or ("no caption" if not caption else self._language_problem(language))
+            if reason is None and first_with.setdefault(caption, language) != language and "speech" not in recipe:
+                # left to the duplicate check, the survivor's language would be a matter of the shuffle
+                reason = "the caption of another language"
             yield Row(id=f"{stem}:{language}", recipe=recipe, filtered=reason)
         effect = next((clip for suffix in _SOUND_SUFFIXES if (clip := f"{stem}{suffix}") in files), None)
         if effect is not None:

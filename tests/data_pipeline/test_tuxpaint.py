@@ -151,11 +151,20 @@ def test_a_shared_picture_is_encoded_once_for_all_documents(root: Path, monkeypa
     assert len(calls) == 3, "a damaged stored picture is made again"
 
 
-def test_labels_reach_the_ledger_and_copies_are_named(root: Path) -> None:
-    cats = root / "stamps" / "animals" / "cats"
-    (cats / "cat.txt").write_text("A cat.\nen_GB.utf8=A cat.\nfr.utf8=A cat.\n")
+def test_of_equal_captions_the_first_stays_and_every_spoken_one(root: Path) -> None:
+    (root / "stamps/animals/cats/cat.txt").write_text("A cat.\nde.utf8=A cat.\nen_GB.utf8=A cat.\nfr.utf8=A cat.\n")
+    whole = {row.id: row.filtered for row in TuxPaintSource(root=root).rows() if "/cat:" in row.id}
+    assert whole == {
+        "animals/cats/cat:en": None,
+        "animals/cats/cat:de": None,  # spoken
+        "animals/cats/cat:en_GB": "the caption of another language",
+        "animals/cats/cat:fr": "the caption of another language",
+        "animals/cats/cat:effect": None,
+    }
+    chosen = TuxPaintSource(root=root, languages=("en_GB", "fr"))
+    kept = [row.id for row in chosen.rows() if not row.is_decided]
+    assert kept == ["animals/cats/cat:en_GB"], "a language that is not asked for keeps nobody out"
     manifest = build(TuxPaintSource(root=root), root / "shards", BuildOptions())
-    assert manifest.rows["duplicate"] == 1, "English has speech of its own; the other two are equal"
+    assert manifest.rows["duplicate"] == 0
     rows = {row["id"]: row for row in read_ledger(manifest.ledger_path).to_pylist()}
-    pair = [rows["animals/cats/cat:en_GB"], rows["animals/cats/cat:fr"]]
-    assert sorted(row["status"] for row in pair) == ["duplicate", "kept"]
+    assert rows["animals/cats/cat:fr"]["reason"] == "the caption of another language"

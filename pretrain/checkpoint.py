@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 
 from triweave.pretrain.errors import CheckpointError, PretrainError
 from triweave.pretrain.fragment_files import FragmentReader, flush, hash_file, write_fragments
@@ -200,7 +201,8 @@ def newest_whole_checkpoint(
     folders = list_checkpoints(run_dir)
     seen = world.gather([len(folders), _step_of(folders[-1]) if folders else -1])
     if (seen != seen[0]).any():
-        raise CheckpointError(f"{Path(run_dir) / FOLDER} is not the same on all ranks; put run_dir on shared storage")
+        different = f"{Path(run_dir) / FOLDER} is not the same on all ranks; put run_dir on shared storage"
+        world.agree(CheckpointError(different))
     damages = []
     for folder in reversed(folders):
         try:
@@ -209,7 +211,7 @@ def newest_whole_checkpoint(
             damages.append(str(damage))
             tell(f"{damage}; falling back to the checkpoint before {folder.name}")
     if damages:
-        raise CheckpointError(f"no whole checkpoint in {Path(run_dir) / FOLDER}: {'; '.join(damages)}")
+        world.agree(CheckpointError(f"no whole checkpoint in {Path(run_dir) / FOLDER}: {'; '.join(damages)}"))
     return None
 
 
@@ -237,7 +239,7 @@ def _together(world: World, action: Callable[[], None], path: Path) -> None:
     def write() -> None:
         try:
             action()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             raise CheckpointError(
                 f"cannot write {path} on rank {world.rank}: {error}; free space or change run_dir"
             ) from error
@@ -300,12 +302,12 @@ def _rank_file(rank: int) -> str:
 
 def _rng() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not by a run on CPU, even where there is a device
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def _set_rng(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])

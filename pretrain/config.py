@@ -100,10 +100,16 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        yaml.safe_dump(to_plain(config), stream, sort_keys=False, allow_unicode=True)
+        stream.write(to_yaml(config))
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(target)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return every key of the config as YAML."""
+    text: str = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def to_plain(value: Any) -> Any:
@@ -176,6 +182,8 @@ def _check_keys(owner: type, tree: Any, prefix: str, *, shallow: bool = False) -
         if shallow:
             continue
         inner = hints[key]
+        if value is None and type(None) not in typing.get_args(inner):
+            raise PretrainError(f"{prefix}{key} is null; give it a value, or remove the key where it has a default")
         if dataclasses.is_dataclass(inner):
             _check_keys(typing.cast(type, inner), value, f"{prefix}{key}.")
         elif typing.get_origin(inner) is list and isinstance(value, list):

@@ -40,7 +40,9 @@ class OptimizerConfig:
             raise PretrainError(f"optimizer.lr is {self.lr}; it must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise PretrainError(f"optimizer.betas is {list(self.betas)}; both must be in [0, 1)")
-        for name in ("eps", "weight_decay", "clip_norm"):
+        if not self.eps > 0:  # at 0 a weight that never had a gradient becomes 0 / 0
+            raise PretrainError(f"optimizer.eps is {self.eps}; it must be above 0")
+        for name in ("weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise PretrainError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 or above")
 

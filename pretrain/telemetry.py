@@ -65,8 +65,8 @@ def modality_slots() -> dict[str, int]:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: on the device where there is one, else resident on the host."""
-    if torch.cuda.is_available():
+    """Return the most memory this process has held: on the device where it uses one, else resident on the host."""
+    if torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     import resource
 

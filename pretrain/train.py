@@ -31,12 +31,12 @@ from triweave.pretrain.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from triweave.pretrain.config import RunConfig, load_config, save_resolved
+from triweave.pretrain.config import RunConfig, load_config, save_resolved, to_yaml
 from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attempt
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.world import AGREED, World, close_world, open_world, world_is_open
+from triweave.pretrain.world import AGREED, ALONE, World, close_world, open_world, world_is_open
 from triweave.pretrain.zero import Engine
 
 USER_ERRORS = (PretrainError, DataError, KernelError)
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
     except USER_ERRORS as error:
-        shared = AGREED in getattr(error, "__notes__", ()) or not world_is_open()
+        notes = getattr(error, "__notes__", ())
+        shared = AGREED in notes or not (world_is_open() or ALONE in notes)
         if os.environ.get("RANK", "0") == "0" or not shared:
             print(f"triweave train: {error}", file=sys.stderr, flush=True)
         return 2
@@ -121,12 +122,18 @@ def _build_engine(config: RunConfig, world: World, loader: StepLoader) -> Engine
 def _begin_attempt(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> ConsumedLedger:
     """Open the ledger of consumed samples; every rank writes to the attempt that rank 0 has numbered."""
     attempt = int(world.gather([next_attempt(config.run_dir)])[0, 0])
-    if world.rank == 0:
-        parent = int(checkpoint.state["attempt"]) if checkpoint else None
-        begin_attempt(config.run_dir, attempt, parent=parent, resumed_step=checkpoint.step if checkpoint else 0)
-        save_resolved(config, Path(config.run_dir) / "config.yaml")
-    world.barrier()
-    return ConsumedLedger(config.run_dir, attempt, world.rank)
+
+    def begin() -> ConsumedLedger:
+        try:
+            if world.rank == 0:
+                parent = int(checkpoint.state["attempt"]) if checkpoint else None
+                begin_attempt(config.run_dir, attempt, parent=parent, resumed_step=checkpoint.step if checkpoint else 0)
+                save_resolved(config, Path(config.run_dir) / "config.yaml")
+            return ConsumedLedger(config.run_dir, attempt, world.rank)
+        except OSError as error:
+            raise PretrainError(f"cannot write to run_dir on rank {world.rank}: {error}; choose another one") from error
+
+    return world.together(begin)
 
 
 def _open_telemetry(config: RunConfig, engine: Engine) -> Telemetry:
@@ -159,7 +166,7 @@ def _save(config: RunConfig, engine: Engine, stream: StreamState, attempt: int) 
         engine,
         config.checkpoint,
         state={"stream": stream.to_json(), "attempt": attempt},
-        config_yaml=(Path(config.run_dir) / "config.yaml").read_text(encoding="utf-8"),
+        config_yaml=to_yaml(config),
     )
 
 

@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 
 AGREED = "all ranks raise this"
 """Note on an error that came out of `World.agree`: one rank may print it for all."""
+ALONE = "not all ranks raise this"
+"""Note on an error that `open_world` raises on some ranks only: each of them has to print it."""
 MESSAGE_BYTES = 4096
 """An error message that travels between ranks is cut to this many UTF-8 bytes."""
 
@@ -47,10 +49,6 @@ class World:
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine, group=self.control)
         return torch.stack(rows).numpy()
-
-    def barrier(self) -> None:
-        """Return when every rank got here."""
-        self.gather([0.0])
 
     def agree(self, error: BaseException | None = None, *, stop: bool = False) -> bool:
         """Return whether any rank wants to stop; raise on every rank if any rank has an error. Collective.
@@ -82,7 +80,8 @@ class World:
         return result[0]
 
     def _first_message(self, error: BaseException | None, source: int) -> str:
-        text = f"{type(error).__name__}\n{error}".encode()[:MESSAGE_BYTES]
+        # a path that is not UTF-8 holds surrogates, which strict encoding refuses
+        text = f"{type(error).__name__}\n{error}".encode(errors="backslashreplace")[:MESSAGE_BYTES]
         payload = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
         payload[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         if self.size > 1:
@@ -102,10 +101,12 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise PretrainError(
+        missing = PretrainError(
             f"local rank {local_rank} has no CUDA device, there are {torch.cuda.device_count()}; "
             "start fewer ranks per host, or set train.device=cpu"
         )
+        missing.add_note(ALONE)
+        raise missing
     if torch_threads:
         torch.set_num_threads(torch_threads)
     _quieten_deepspeed(device)

@@ -55,6 +55,8 @@ OWNED_KEYS = {
     "zero_optimization.round_robin_gradients": "nothing: checkpoint fragments need the plain order",
     "zero_optimization.offload_optimizer": "nothing: checkpoint fragments of offloaded state are not supported",
     "zero_optimization.offload_param": "nothing: checkpoint fragments of offloaded state are not supported",
+    "zero_optimization.cpu_offload": "nothing: checkpoint fragments of offloaded state are not supported",
+    "zero_optimization.cpu_offload_param": "nothing: checkpoint fragments of offloaded state are not supported",
     "zero_optimization.mics_shard_size": "nothing: checkpoint fragments need one partition over all ranks",
 }
 """Key of the DeepSpeed dict -> the setting of ours that decides it."""
@@ -119,10 +121,12 @@ def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -
     """Return the dict for `deepspeed.initialize`: the run's `deepspeed` section plus what our settings decide.
 
     parameters: elements of the model, the size of buckets is bounded by it. Raises PretrainError naming any key of the
-    section that is ours.
+    section that is ours, and for a `zero_optimization` that is no mapping.
     """
     given = config.deepspeed
     zero = given.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise PretrainError(f"deepspeed.zero_optimization is {zero!r}; it must be a mapping of keys to values")
     for key, owner in OWNED_KEYS.items():
         section, _, name = key.rpartition(".")
         if name in (zero if section else given):

@@ -86,6 +86,26 @@ def load_and_go_on(
     return {"saved": saved, "rng": rng, "losses": losses, "last": last, "told": told, "state": checkpoint.state}
 
 
+def save_where_rank_1_cannot(world: Any, *, run_dir: str) -> tuple[str, str]:
+    """Save with something in the way of rank 1's file; return the class and text of the error."""
+    engine = _engine(world, 1)
+    fragments = engine.fragments
+
+    def obstruct() -> Any:
+        if world.rank == 1:
+            (Path(run_dir) / "checkpoints" / ".writing-step-0000000" / "rank-00001.safetensors").mkdir()
+        return fragments()
+
+    engine.fragments = obstruct
+    try:
+        save_checkpoint(run_dir, engine, CheckpointConfig(), state={}, config_yaml="")
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        engine.close()
+    return "", ""
+
+
 def killed_while_saving(world: Any, *, run_dir: str) -> list[tuple[int, list[str], bool]]:
     """Kill a forked copy of this process at each flush to disk of a second save; return what was left each time.
 

@@ -78,6 +78,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(rank_pool, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_rank_that_cannot_write_ends_all_with_one_message(rank_pool, tmp_path):
+    """Safetensors has an error of its own for a full disk and for whatever else the system refuses."""
+    zero, one = rank_pool.pool(2).run(TASKS, "save_where_rank_1_cannot", run_dir=str(tmp_path))
+    assert zero == one
+    assert zero[0] == "CheckpointError"
+    assert "on rank 1" in zero[1]
+    assert zero[1].endswith("free space or change run_dir")
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

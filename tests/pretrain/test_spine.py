@@ -168,6 +168,7 @@ def test_killed_then_stopped_then_resumed(run_config, train, tmp_path):
         assert time.monotonic() < deadline
         assert stopped.poll() is None
         time.sleep(0.05)
+    (tmp_path / "config.yaml").unlink()  # a checkpoint's config is the run's own, not what lies here by then
     stopped.terminate()
     _, said = stopped.communicate(timeout=120)
     assert stopped.returncode == 0, said
@@ -187,6 +188,22 @@ def test_users_errors_are_one_line_and_exit_code_2(run_config, monkeypatch, caps
     monkeypatch.setenv("RANK", "1")
     assert main([str(run_config), "train.steps=0"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_without_a_device_says_so_itself(run_config, monkeypatch, capsys):
+    """Other ranks have their devices and wait for it: rank 0 cannot speak for them."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(run_config), "train.device=cuda"]) == 2
+    assert "local rank 1 has no CUDA device, there are 1; start fewer ranks" in capsys.readouterr().err
+
+
+def test_a_run_dir_that_cannot_be_written_ends_all(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    for rank, said in enumerate(train(tmp_path / "file" / "run", 2)):
+        assert said.startswith(f"PretrainError: cannot write to run_dir on rank {rank}: ")
+        assert said.endswith("choose another one")
 
 
 def test_deepspeed_section_is_refused_by_key(train, tmp_path):

@@ -45,6 +45,11 @@ def write(folder, first_step: int, steps: range, *, rank: int = 0) -> None:
             telemetry.step(result(step))
 
 
+def test_memory_of_a_run_on_cpu_is_the_hosts_even_beside_a_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert step_metrics(result(4))["memory_bytes"] > 10_000_000
+
+
 def test_each_step_stands_once_after_a_resume(tmp_path, capsys):
     """Steps 3 and 4 were done by an attempt that a resume from step 2 overtakes; its last line was cut by the kill."""
     write(tmp_path, 1, range(1, 5))

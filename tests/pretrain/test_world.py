@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def agreements(world) -> dict[str, object]:
         "ours": CheckpointError("disk of rank 1 is full") if world.rank == 1 else None,
         "foreign": DataError("shard 3 is missing") if world.rank == 1 else None,
         "long": CheckpointError("x" * 10_000) if world.rank == 0 else None,
+        "path": CheckpointError(os.fsdecode(b"/data/\xff")) if world.rank == 1 else None,
         "both": CheckpointError(f"rank {world.rank}"),
     }
     for name, error in cases.items():
@@ -39,6 +41,7 @@ def test_errors_and_stops_reach_every_rank(rank_pool):
         assert answer["stop"] == [False, True]
         assert answer["ours"] == ("CheckpointError", "disk of rank 1 is full", note)
         assert answer["long"] == ("CheckpointError", "x" * 40, note)
+    assert zero["path"] == ("CheckpointError", r"/data/\udcff", note)
     assert one["foreign"] == ("DataError", "shard 3 is missing", note)
     assert zero["foreign"] == ("PretrainError", "shard 3 is missing", note)
     assert (zero["both"][1], one["both"][1]) == ("rank 0", "rank 1")

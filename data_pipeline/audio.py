@@ -22,7 +22,7 @@ from triweave.data_pipeline.geometry import MediaInfo, resampled_length
 
 EXTENSIONS = ("flac", "wav", "ogg", "oga", "opus", "mp3", "aiff", "aif")
 MAX_AUDIO_SAMPLES = 3600 * 48_000
-"""Most samples of one channel that are decoded: an hour at 48 kHz, 659 MiB of float32."""
+"""Most samples of one channel that are decoded or resampled to: an hour at 48 kHz, 659 MiB of float32."""
 MAX_AUDIO_RATE_HZ = 384_000
 MIN_AUDIO_RATE_HZ = 1_000
 MAX_AUDIO_CHANNELS = 32
@@ -67,10 +67,15 @@ def decode_mono(data: bytes, rate_hz: int, *, expected: MediaInfo | None = None)
                     f"audio of {samples} samples at {rate} Hz: the index says {expected.samples} at "
                     f"{expected.rate} Hz; rebuild the shard"
                 )
+            length = resampled_length(samples, rate, rate_hz)
+            if length > MAX_AUDIO_SAMPLES:
+                raise MediaError(
+                    f"audio of {samples} samples at {rate} Hz: {length} samples at {rate_hz} Hz, allowed are 1 to "
+                    f"{MAX_AUDIO_SAMPLES}; cut it before building"
+                )
             mono = _read_mono(sound)
         if rate == rate_hz:
             return mono
-        length = resampled_length(samples, rate, rate_hz)
         resampled = soxr.resample(mono, rate, rate_hz)
         if len(resampled) < length:
             return np.pad(resampled, (0, length - len(resampled)))

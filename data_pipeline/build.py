@@ -26,6 +26,7 @@ from typing import Any
 import xxhash
 
 from triweave.data_pipeline.assemble import Assembler, require_size
+from triweave.data_pipeline.audio import MAX_AUDIO_RATE_HZ, MIN_AUDIO_RATE_HZ
 from triweave.data_pipeline.chunks import (
     Chunk,
     ChunkEncoder,
@@ -37,7 +38,8 @@ from triweave.data_pipeline.chunks import (
     remove_chunk,
     start_worker,
 )
-from triweave.data_pipeline.errors import BuildError
+from triweave.data_pipeline.errors import BuildError, SourceError
+from triweave.data_pipeline.images import MAX_IMAGE_SIDE_PX
 from triweave.data_pipeline.ledger import join_ledgers, read_ledger, reason_counts
 from triweave.data_pipeline.manifest import (
     LEDGER_NAME,
@@ -53,6 +55,7 @@ from triweave.data_pipeline.sources.base import Row, Source, listing_hash
 
 BUILD_FOLDER = ".build"
 _FINGERPRINT_NAME = "build.json"
+_LOCK_NAME = "lock"
 _CODECS = ("simplejpeg", "pillow", "soundfile", "soxr", "pyarrow")
 
 
@@ -95,7 +98,10 @@ def build(
     After an interrupt or a kill the same call continues.
     """
     _check_options(options)
-    rows = _reject_bad_ids(list(source.rows()))
+    try:
+        rows = _reject_bad_ids(list(source.rows()))
+    except OSError as error:
+        raise SourceError(f"--input {source.root}: cannot be listed ({error}): make it readable") from None
     if not rows:
         raise BuildError(f"{source.root}: nothing to build from, the {source.name} source found no rows")
     fingerprint = _fingerprint(source, options, rows)
@@ -131,15 +137,17 @@ def build_order(rows: list[Row], seed: int | None) -> list[int]:
 
 
 def _check_options(options: BuildOptions) -> None:
-    for name, value, least in (
-        ("--workers", options.workers, 1),
-        ("--shard-size-mb in bytes", options.shard_size_bytes, 1),
-        ("--image-max-side", options.media.image_max_side_px, 1),
-        ("--audio-rate", options.media.audio_rate_hz, 1000),
-        ("--shuffle-seed", options.shuffle_seed, 0),
+    for name, value, least, most in (
+        ("--workers", options.workers, 1, None),
+        ("--shard-size-mb in bytes", options.shard_size_bytes, 1, None),
+        ("--image-max-side", options.media.image_max_side_px, 1, MAX_IMAGE_SIDE_PX),
+        ("--audio-rate", options.media.audio_rate_hz, MIN_AUDIO_RATE_HZ, MAX_AUDIO_RATE_HZ),
+        ("--shuffle-seed", options.shuffle_seed, 0, 2**64 - 1),
     ):
         if value is not None and value < least:
             raise BuildError(f"{name} {value}: must be at least {least}")
+        if value is not None and most is not None and value > most:
+            raise BuildError(f"{name} {value}: must be at most {most}")
 
 
 def _reject_bad_ids(rows: list[Row]) -> list[Row]:
@@ -201,13 +209,13 @@ def _locked_work_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     work = out / BUILD_FOLDER
     if out.exists() and not out.is_dir():
         raise BuildError(f"--out {out}: is not a folder")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()) and not (overwrite and (out / MANIFEST_NAME).exists()):
+    if _holds_other_files(out, work) and not (overwrite and (out / MANIFEST_NAME).exists()):
         raise BuildError(f"--out {out}: holds other files; choose an empty or a new folder")
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"--out {out}: cannot be written ({error.strerror})") from None
-    with open(work / "lock", "w") as lock:
+    with open(work / _LOCK_NAME, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -219,13 +227,21 @@ def _locked_work_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         yield work
 
 
+def _holds_other_files(out: Path, work: Path) -> bool:
+    """Return whether `out` holds anything while no build began there; the `.build` of another tool is not ours."""
+    if not out.is_dir() or (work / _LOCK_NAME).is_file():
+        return False
+    # A build killed in its first moment leaves an empty work folder.
+    return any(path != work or not path.is_dir() or any(path.iterdir()) for path in out.iterdir())
+
+
 def _remove_build(out: Path, work: Path) -> None:
     """Remove everything a build writes, the manifest first: without it nobody takes the rest for whole."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     for path in (*out.glob("shard-*.tar*"), *out.glob("shard-*.parquet*"), out / LEDGER_NAME):
         path.unlink(missing_ok=True)
     for path in work.iterdir():
-        if path.name != "lock":
+        if path.name != _LOCK_NAME:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

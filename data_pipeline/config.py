@@ -12,6 +12,8 @@ from typing import Any, get_type_hints
 from triweave.data_pipeline.errors import ConfigError, DataError
 from triweave.data_pipeline.geometry import MediaGeometry
 
+MAX_SEQUENCE_LENGTH = 1 << 24
+"""Longest pack; packing keeps a bit per token of room, and positions are int32."""
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -104,8 +106,10 @@ class DataConfig:
         for name, least in (("sequence_length", 8), ("block_samples", 1), ("workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
-        if not self.corrupt_budget >= 0:
-            raise ConfigError(f"data.corrupt_budget={self.corrupt_budget}: must be 0 or more")
+        if self.sequence_length > MAX_SEQUENCE_LENGTH:
+            raise ConfigError(f"data.sequence_length={self.sequence_length}: must be at most {MAX_SEQUENCE_LENGTH}")
+        if not 0 <= self.corrupt_budget < float("inf"):
+            raise ConfigError(f"data.corrupt_budget={self.corrupt_budget}: must be 0 or more, and finite")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"data.seed={self.seed}: must be in [0, 2**63)")
 

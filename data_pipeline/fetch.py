@@ -60,7 +60,10 @@ def fetch_tuxpaint(
     """
     marker = out / MARKER_NAME
     if marker.is_file():
-        fetched = Fetched(**json.loads(marker.read_bytes()))
+        try:
+            fetched = Fetched(**json.loads(marker.read_bytes()))
+        except (ValueError, TypeError):
+            raise FetchError(f"{marker}: is damaged: remove {out} and fetch again") from None
         report(f"{out}: already there ({fetched.files} files from {fetched.origin})")
         return fetched
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -177,6 +180,8 @@ def _seek_data_member(package: Path, file: BinaryIO) -> None:
     while len(header := file.read(_AR_HEADER_BYTES)) == _AR_HEADER_BYTES:
         name = header[:16].decode("ascii", "replace").strip().rstrip("/")
         size = int(header[48:58])
+        if size < 0:  # would lead back to this very header, for ever
+            raise ValueError(f"member {name} of {size} bytes")
         if name == "data.tar.xz":
             if file.tell() + size > package.stat().st_size:
                 raise FetchError(f"{package}: damaged, it is cut short: download it again")

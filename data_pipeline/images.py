@@ -32,6 +32,7 @@ MAX_IMAGE_SIDE_PX = 65_500
 """Largest side, JPEG's own limit."""
 JPEG_QUALITY = 90
 MAX_SVG_DEPTH = 100
+_EMBEDDED = tuple(f"data:image/{kind}" for kind in ("png", "jpeg", "jpg", "gif", "webp"))
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [height, width, 3], RGB."""
@@ -156,8 +157,11 @@ def _check_drawing(drawing: ElementTree.Element, size_bytes: int) -> None:
             if element.tag.rpartition("}")[2] not in ("image", "feImage"):
                 continue
             for name, target in element.attrib.items():
-                if name.rpartition("}")[2] == "href" and not target.strip().startswith(("data:", "#")):
-                    raise MediaError(f"SVG of {size_bytes} bytes: points to the file {target[:60]!r}; embed it")
+                if name.rpartition("}")[2] != "href" or target.strip().startswith(("#", *_EMBEDDED)):
+                    continue
+                if target.strip().startswith("data:"):  # a drawing in the drawing would hide its depth from this check
+                    raise MediaError(f"SVG of {size_bytes} bytes: embeds {target[:30]!r}, no PNG, JPEG, GIF or WebP")
+                raise MediaError(f"SVG of {size_bytes} bytes: points to the file {target[:60]!r}; embed it")
         level = [child for element in level for child in element]
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError
-
-if TYPE_CHECKING:
-    from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.manifest import Manifest, file_xxh3
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -90,18 +87,21 @@ def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
 def read_index(manifest: Manifest, shard_number: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the index of one shard as a table, all columns or the given ones.
 
-    Raises ShardMissingError when the file is gone and ShardDamagedError when it is no index of that many samples.
+    Raises ShardMissingError when the file is gone and ShardDamagedError when its bytes are not the ones the manifest
+    names: Parquet has no checksum of its own, and one wrong number would make another plan.
     """
     path = manifest.index_path(shard_number)
+    advice = f"run `triweave verify {manifest.root}`"
     try:
+        if file_xxh3(path) != manifest.shards[shard_number].index_xxh3:
+            raise ShardDamagedError(f"{path} is damaged (not the bytes that were written): {advice}")
         table = pq.ParquetFile(path).read(None if columns is None else list(columns), use_threads=False)
     except FileNotFoundError:
         raise ShardMissingError(f"{path} is missing: restore it, or build the shards again") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise ShardDamagedError(f"{path} is damaged ({error}): run `triweave verify {manifest.root}`") from None
+        raise ShardDamagedError(f"{path} is damaged ({error}): {advice}") from None
     if table.num_rows != manifest.shards[shard_number].samples:
         raise ShardDamagedError(
-            f"{path} has {table.num_rows} samples, the manifest says {manifest.shards[shard_number].samples}: "
-            f"run `triweave verify {manifest.root}`"
+            f"{path} has {table.num_rows} samples, the manifest says {manifest.shards[shard_number].samples}: {advice}"
         )
     return table

@@ -288,7 +288,7 @@ def _train(sentences: Iterator[str], vocab_size: int, character_coverage: float)
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise TokenizerError(_explain(str(error), vocab_size)) from None
     return model.getvalue()
 

@@ -163,7 +163,7 @@ def _damage_in_sample(shard: str, row: IndexRow, sample: bytes) -> Iterator[Dama
         return
     document, problem = _described(row, sample[row.json_offset - row.offset :][: row.json_size])
     found = []
-    for name, offset, size, xxh3 in _expected_members(row, document):
+    for name, offset, size, xxh3 in _expected_members(row, sample, document):
         found += list(_damage_in_member(shard, row, sample, name, offset - row.offset, size, xxh3))
     described = any(damage.member == _JSON for damage in found)
     if problem is not None and not described:
@@ -187,14 +187,27 @@ def _described(row: IndexRow, description: bytes) -> tuple[Document | None, str 
     return document, None
 
 
-def _expected_members(row: IndexRow, document: Document | None) -> Iterator[tuple[str, int, int, int | None]]:
+def _expected_members(
+    row: IndexRow, sample: bytes, document: Document | None
+) -> Iterator[tuple[str, int, int, int | None]]:
     """Yield (member name, offset in the tar, size, xxh3) of a sample; the JSON's hash is not in the index."""
     yield _JSON, row.json_offset, row.json_size, None
     for position, offset in enumerate(row.part_offset):
         if offset >= 0:
+            start = offset - row.offset
+            name = _name_in_header(row, sample[start - tarfile.BLOCKSIZE : start], position)
             part = document.parts[position] if document is not None else None
-            name = part.member if isinstance(part, MediaPart) else f"{position:04d}"
+            name = name or (part.member if isinstance(part, MediaPart) else f"{position:04d}")
             yield name, offset, row.part_size[position], row.part_xxh3[position]
+
+
+def _name_in_header(row: IndexRow, header: bytes, position: int) -> str | None:
+    """Return a member's name by its tar header, which has a checksum, where the JSON may be what is damaged."""
+    try:
+        key, _, name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.partition(".")
+    except tarfile.HeaderError:
+        return None
+    return name if key == row.key and name.startswith(f"{position:04d}.") else None
 
 
 def _damage_in_member(

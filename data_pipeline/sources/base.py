@@ -70,7 +70,8 @@ def listing_hash(rows: list[Row]) -> str:
     digest = xxhash.xxh3_128()
     for row in rows:
         content = [row.id, row.recipe, row.filtered, row.failed]
-        digest.update(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")  # a member's ending need not be UTF-8
     return digest.hexdigest()
 
 

@@ -53,7 +53,7 @@ class ManifestSource:
         """Make the document of one record."""
         if self.root.suffix == _PARQUET:
             group, position = row.recipe[:2]
-            record = _row_group(self.root, group).slice(position, 1).to_pylist()[0]
+            record = _row_group(self.root, group, self.root.stat().st_mtime_ns).slice(position, 1).to_pylist()[0]
             record |= {name: _object(record.get(name)) for name in ("labels", "source")}
         else:
             start, size = row.recipe[:2]
@@ -75,7 +75,7 @@ class ManifestSource:
         unnamed = f"line:{number + 1}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Row(id=unnamed, failed=f"line {number + 1} is not JSON: {error}")
         if not isinstance(record, dict) or not isinstance(record.get("id"), str) or not record["id"]:
             return Row(id=unnamed, failed=f"line {number + 1} has no id (a string)")
@@ -91,7 +91,11 @@ class ManifestSource:
             raise SourceError(f"--input {self.root}: has no column {sorted(missing)[0]!r}; it needs id and parts")
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
-            for position, value in enumerate(file.read_row_group(group, columns=["id"])["id"].to_pylist()):
+            try:
+                ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise SourceError(f"--input {self.root}: row group {group} is damaged ({error})") from None
+            for position, value in enumerate(ids):
                 name = f"{group}:{position}"
                 if isinstance(value, str) and value:
                     yield Row(id=value, recipe=[group, position, size], group=f"row-group:{group}")
@@ -100,7 +104,8 @@ class ManifestSource:
 
 
 @lru_cache(maxsize=1)
-def _row_group(path: Path, group: int) -> pa.Table:
+def _row_group(path: Path, group: int, _changed_ns: int) -> pa.Table:
+    """Return one row group; `_changed_ns` keeps the cache from answering for a file that was written anew."""
     return pq.ParquetFile(path).read_row_group(group)
 
 

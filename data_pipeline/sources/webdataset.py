@@ -108,6 +108,10 @@ def _read_headers(path: Path, samples: dict[str, list[_Member]]) -> None:
     size = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         for member in tar:
+            if member.size < 0:  # would lead tarfile back to this very header, for ever
+                raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+            if member.issparse():  # its bytes do not lie in the tar one after another
+                raise tarfile.ReadError(f"{member.name} is stored sparse, pack it without --sparse")
             if not member.isreg():
                 continue
             if member.offset_data + member.size > size:

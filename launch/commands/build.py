@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from triweave.data_pipeline.build import BuildOptions, BuildProgress, build
-from triweave.data_pipeline.errors import SourceError
+from triweave.data_pipeline.errors import BuildError, SourceError
 from triweave.data_pipeline.ledger import read_ledger, reason_counts
 from triweave.data_pipeline.manifest import Manifest
 from triweave.data_pipeline.media_encoder import MediaOptions
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Build and print what was built."""
     source = _source(arguments)
+    if not math.isfinite(arguments.shard_size_mb):
+        raise BuildError(f"--shard-size-mb {arguments.shard_size_mb}: must be a finite number above 0")
     options = BuildOptions(
         media=MediaOptions(image_max_side_px=arguments.image_max_side, audio_rate_hz=arguments.audio_rate),
         shard_size_bytes=int(arguments.shard_size_mb * _BYTES_PER_MB),

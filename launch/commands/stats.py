@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,8 @@ from triweave.data_pipeline.stats import ShardStats, shard_stats
 _BYTES_PER_MB = 1 << 20
 _MS_PER_HOUR = 3_600_000
 _SHOWN_VALUES = 12
+_AS_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+"""How rich prints names that are not ours: a folder or label with `[/]` is no markup."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(folder: Path, stats: ShardStats) -> None:
     console = Console()
     size = f"{stats.tar_bytes / _BYTES_PER_MB:.1f} MiB"
-    console.print(f"{folder}: {stats.samples} samples, {stats.shards} shards, {size}", highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {stats.samples} samples, {stats.shards} shards, {size}", **_AS_IS)
     table = Table("modality", "documents", "parts", "MiB", "hours", "megapixels")
     for name, modality in stats.modalities.items():
         figures = (
@@ -57,11 +60,11 @@ def _print(folder: Path, stats: ShardStats) -> None:
         if values:
             _print_counts(console, f"label {label}", values)
         else:
-            console.print(f"label {label}: {stats.label_values[label]} values", highlight=False, soft_wrap=True)
+            console.print(f"label {label}: {stats.label_values[label]} values", **_AS_IS)
     _print_counts(console, "input rows", stats.rows)
 
 
 def _print_counts(console: Console, title: str, counts: dict[str, int]) -> None:
     shown = [f"{name} {number}" for name, number in list(counts.items())[:_SHOWN_VALUES]]
     more = [f"and {len(counts) - _SHOWN_VALUES} more"] if len(counts) > _SHOWN_VALUES else []
-    console.print(f"{title}: {', '.join(shown + more)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{title}: {', '.join(shown + more)}", **_AS_IS)

@@ -179,3 +179,12 @@ def test_flac_reencode_gives_the_same_bytes_in_another_process(tmp_path):
     )
     other = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == hashlib.sha256(audio.reencode_flac(path.read_bytes(), 16_000)).hexdigest()
+
+
+def test_a_clip_is_bounded_at_the_rate_it_is_resampled_to(monkeypatch):
+    monkeypatch.setattr(audio, "MAX_AUDIO_SAMPLES", 10_000)
+    target = io.BytesIO()
+    soundfile.write(target, tone(5_000, rate=8_000), 8_000, format="FLAC", subtype="PCM_16")
+    assert len(audio.decode_mono(target.getvalue(), 16_000)) == 10_000
+    with pytest.raises(MediaError, match="30000 samples at 48000 Hz, allowed are 1 to 10000"):
+        audio.decode_mono(target.getvalue(), 48_000)

@@ -337,3 +337,39 @@ def test_reencoding_is_an_option(tiny_corpus: Path, tmp_path: Path) -> None:
     assert sides
     assert max(sides) == 24
     assert {rate for row in rows for rate in row["part_rate"]} == {0, 8000}
+
+
+def test_the_build_folder_of_another_tool_is_left_alone(tmp_path: Path) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "project"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("A bird.")
+    (out / ".build").mkdir(parents=True)
+    (out / ".build" / "product").write_text("of a compiler")
+    for overwrite in (False, True):
+        with pytest.raises(BuildError, match="holds other files"):
+            build(FolderSource(root=corpus), out, BuildOptions(overwrite=overwrite))
+    assert (out / ".build" / "product").read_text() == "of a compiler"
+    (out / ".build" / "product").unlink()  # as a kill right after the folder was made leaves it
+    assert build(FolderSource(root=corpus), out, BuildOptions()).samples == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BuildOptions(media=MediaOptions(audio_rate_hz=1_000_000_000)), "--audio-rate 1000000000: must be at most"),
+        (BuildOptions(media=MediaOptions(image_max_side_px=10**9)), "--image-max-side 1000000000: must be at most"),
+        (BuildOptions(shuffle_seed=2**64), "--shuffle-seed 18446744073709551616: must be at most"),
+    ],
+)
+def test_options_without_bounds_would_eat_all_memory(tmp_path: Path, options: BuildOptions, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        build(FolderSource(root=tmp_path), tmp_path / "out", options)
+
+
+def test_an_input_that_cannot_be_listed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("triweave.data_pipeline.sources.base.os.scandir", refuse)
+    with pytest.raises(SourceError, match=r"cannot be listed .*Permission denied"):
+        build(FolderSource(root=tmp_path), tmp_path / "out", BuildOptions())

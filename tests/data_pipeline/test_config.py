@@ -64,6 +64,7 @@ def test_default_caps_scale_with_the_length() -> None:
         ("data.geometry.image_patch_px=0", "image_patch_px"),
         ("data.workers=-1", "workers=-1"),
         ("data.corrupt_budget=-1", "corrupt_budget"),
+        ("data.sequence_length=99999999999999999999", "sequence_length=99999999999999999999: must be at most"),
         ("data.seed=-1", "seed=-1"),
     ],
 )
@@ -101,3 +102,8 @@ def test_wrong_files(tmp_path: Path, content: str, message: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the config"):
         load_data_config(tmp_path / "none.yaml")
+
+
+def test_an_endless_corrupt_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match="corrupt_budget=inf: must be 0 or more, and finite"):
+        DataConfig(sources=[SourceConfig(name="a", shards="s")], tokenizer="t", corrupt_budget=float("inf"))

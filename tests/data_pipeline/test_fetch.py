@@ -158,3 +158,16 @@ def test_a_clear_message_when_nothing_can_be_had(tmp_path: Path, deb: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(FetchError, match=r"no apt-get here: give a copy with --from"):
         run(tmp_path / "out", None)
+
+
+def test_a_damaged_marker_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fetched.json").write_bytes(b"")
+    with pytest.raises(FetchError, match=r"fetched.json: is damaged: remove .* and fetch again"):
+        run(tmp_path, None)
+
+
+def test_a_package_member_of_negative_size_is_no_endless_loop(tmp_path: Path) -> None:
+    package = tmp_path / "loop.deb"
+    package.write_bytes(b"!<arch>\n" + f"{'control':<16}{'':<32}{-60:<10}`\n".encode())
+    with pytest.raises(FetchError, match="member control of -60 bytes"):
+        run(tmp_path / "out", package)

@@ -1,5 +1,6 @@
 """Pictures: what the probe says is what the decode gives, for every mode, orientation and kind of damage."""
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -261,6 +262,18 @@ class TestSvg:
     def test_deep_nesting_is_refused_instead_of_killing_the_process(self):
         with pytest.raises(MediaError, match="nested deeper"):
             self.drawn("<g>" * 50_000 + "</g>" * 50_000)
+
+    @pytest.mark.parametrize("mime", ["image/svg+xml", "text/plain", ""])
+    def test_a_drawing_within_the_drawing_is_refused_since_its_depth_is_hidden(self, mime):
+        inner = base64.b64encode(self.SVG.format(size="", body="<g/>").encode()).decode()
+        with pytest.raises(MediaError, match="no PNG, JPEG, GIF or WebP"):
+            self.drawn(f'<image width="8" height="8" xlink:href="data:{mime};base64,{inner}"/>')
+
+    def test_an_embedded_picture_is_drawn(self):
+        red = base64.b64encode(encoded(Image.new("RGB", (8, 8), "red"), "PNG")).decode()
+        body = f'<image width="100%" height="100%" xlink:href="data:image/png;base64,{red}"/>'
+        pixels = images.decode_rgb(self.drawn(body, size='width="8" height="8"'))
+        assert pixels[32, 32].tolist() == [255, 0, 0]
 
     @pytest.mark.parametrize("data", [b"", b"junk", b"<svg/>" * 2, b"\xff" * 40])
     def test_junk_is_a_media_error(self, data):

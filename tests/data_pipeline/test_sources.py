@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -260,3 +261,63 @@ def test_our_own_shards_come_back_whole(tiny_shards: Manifest, tmp_path: Path) -
         for folder in (tiny_shards, again)
     ]
     assert labels[0] == labels[1]
+
+
+def test_an_endless_nesting_is_one_failed_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps({"id": "good", "parts": [{"modality": "text", "text": "whole"}]})
+    file.write_text("[" * 200_000 + "\n" + good + "\n")
+    found = outcomes(ManifestSource(root=file))
+    assert "line 1 is not JSON" in str(found["line:1"])
+    assert shape(found["good"]) == ["whole"]
+
+
+def test_a_parquet_file_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    for second, text in enumerate(("first", "other")):
+        pq.write_table(pa.Table.from_pylist([{"id": "a", "parts": [{"modality": "text", "text": text}]}]), file)
+        os.utime(file, (second, second))
+        assert shape(outcomes(ManifestSource(root=file))["a"]) == [text]
+
+
+def test_a_member_ending_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w", encoding="utf-8", errors="surrogateescape") as archive:
+        for name, content in (("a.txt", b"An owl."), ("a.j\udcffg", b"?")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    manifest = build(WebDatasetSource(root=tmp_path / "odd.tar"), tmp_path / "out", BuildOptions())
+    assert manifest.rows["kept"] == 1
+
+
+def test_a_member_of_negative_size_is_no_endless_loop(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" + (-512).to_bytes(11, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "loop.tar").write_bytes(bytes(header) + bytes(10240 - 512))
+    found = outcomes(WebDatasetSource(root=tmp_path / "loop.tar"))
+    assert "a.txt has a size of -512 bytes" in str(found["file:loop.tar"])
+
+
+def test_a_sparse_member_is_refused_because_its_bytes_are_not_together(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a.txt")
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"00000001000\x0000000001000\0"  # 512 bytes of data, to be placed at byte 512
+    header[483:495] = b"00000002000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "sparse.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
+    found = outcomes(WebDatasetSource(root=tmp_path / "sparse.tar"))
+    assert "a.txt is stored sparse" in str(found["file:sparse.tar"])
+
+
+def test_a_damaged_parquet_page_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    rows = [{"id": f"row{number}", "parts": [{"modality": "text", "text": "x"}]} for number in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    data = file.read_bytes()
+    file.write_bytes(data[:40] + bytes(360) + data[400:])
+    with pytest.raises(SourceError, match="row group 0 is damaged"):
+        list(ManifestSource(root=file).rows())

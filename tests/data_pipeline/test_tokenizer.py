@@ -213,3 +213,8 @@ class TestReadTexts:
         tar.unlink()
         with pytest.raises(ShardMissingError, match=tar.name):
             list(read_texts(manifest, 0))
+
+
+def test_a_vocabulary_beyond_int32_is_one_line(tiny_shards, tmp_path):
+    with pytest.raises(TokenizerError, match=r"^vocab_size=99999999999: "):
+        train_tokenizer(tiny_shards, 99_999_999_999, tmp_path / "tokenizer.model")

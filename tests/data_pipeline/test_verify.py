@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from triweave.data_pipeline.errors import DataError
+from triweave.data_pipeline.errors import DataError, ShardDamagedError
 from triweave.data_pipeline.index import read_index
 from triweave.data_pipeline.manifest import Manifest
 from triweave.data_pipeline.schema import document_key
@@ -55,7 +55,7 @@ def test_a_flipped_byte_in_a_member(manifest: Manifest, row: dict[str, Any]) -> 
     assert "bytes" in found.detail
 
 
-@pytest.mark.parametrize("where", ["json", "label", "header", "json header", "padding"])
+@pytest.mark.parametrize("where", ["json", "label", "name in json", "header", "json header", "padding"])
 def test_a_flipped_byte_around_members(manifest: Manifest, row: dict[str, Any], where: str) -> None:
     position = row["part_modality"].index("image")
     image = row["part_offset"][position]
@@ -63,6 +63,7 @@ def test_a_flipped_byte_around_members(manifest: Manifest, row: dict[str, Any], 
     offset, member = {
         "json": (row["json_offset"], "json"),
         "label": (data.index(b'"corpus":"', row["json_offset"]) + 10, "json"),
+        "name in json": (data.index(f'"{position:04d}.'.encode(), row["json_offset"]) + 3, "json"),
         "header": (image - 512, f"{position:04d}"),
         "json header": (row["json_offset"] - 512, "json"),
         "padding": (image + row["part_size"][position], f"{position:04d}"),
@@ -73,6 +74,17 @@ def test_a_flipped_byte_around_members(manifest: Manifest, row: dict[str, Any], 
     assert [(item.shard, item.key, item.member.partition(".")[0]) for item in found] == [
         ("shard-000001", row["key"], member)
     ]
+
+
+def test_every_flip_in_an_index_keeps_it_from_being_read(manifest: Manifest) -> None:
+    path = manifest.index_path(SHARD)
+    original = path.read_bytes()
+    for offset in range(0, len(original), len(original) // 100):
+        flip(path, offset)
+        with pytest.raises(ShardDamagedError, match=r"shard-000001\.parquet is damaged"):
+            read_index(manifest, SHARD)
+        path.write_bytes(original)
+    assert read_index(manifest, SHARD).num_rows
 
 
 def test_every_single_flip_in_a_shard_is_noticed(manifest: Manifest) -> None:

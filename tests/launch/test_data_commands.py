@@ -98,3 +98,24 @@ def test_fetch_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (fetched["files"], fetched["origin"]) == (1, str(given))
     shutil.rmtree(given)
     assert run_json(capsys, ["fetch", "tuxpaint", "--out", str(tmp_path / "out"), "--json"]) == fetched
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "[" / "bold]shards"
+    (corpus / "a.json").write_text('{"text": "labelled", "labels": {"[/b]": 1}}')
+    assert main(build(corpus, out)) == 0
+    capsys.readouterr()
+    assert main(["stats", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{out}: 6 samples" in shown
+    assert "label [/b]: 1 1" in shown
+
+
+@pytest.mark.parametrize("size", ["nan", "inf"])
+def test_a_shard_size_that_is_no_size(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert main(build(corpus, tmp_path / "shards", "--shard-size-mb", size)) == 2
+    assert f"--shard-size-mb {size}: must be a finite number" in capsys.readouterr().err

@@ -30,20 +30,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
-from triweave.data_pipeline.catalog import ShardCatalog
-from triweave.data_pipeline.collate import Row, collate
 from triweave.data_pipeline.config import DataConfig, SourceConfig
-from triweave.data_pipeline.content import Piece, PieceMaker, Run, row_pieces
 from triweave.data_pipeline.errors import ConfigError
-from triweave.data_pipeline.geometry import MediaInfo
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest, ShardEntry, file_xxh3, write_manifest
-from triweave.data_pipeline.modalities import MODALITIES
-from triweave.data_pipeline.plan import Planner
-from triweave.data_pipeline.reader import ShardReader
-from triweave.data_pipeline.schema import TextPart, document_from_json
-from triweave.data_pipeline.token_counts import write_token_counts
-from triweave.data_pipeline.tokenizer import Tokenizer
+from triweave.data_pipeline.media.geometry import MediaInfo
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest, ShardEntry, file_xxh3, write_manifest
+from triweave.data_pipeline.shards.schema import TextPart, document_from_json
+from triweave.data_pipeline.stream.catalog import ShardCatalog
+from triweave.data_pipeline.stream.collate import Row, collate
+from triweave.data_pipeline.stream.content import Piece, PieceMaker, Run, row_pieces
+from triweave.data_pipeline.stream.plan import Planner
+from triweave.data_pipeline.stream.reader import ShardReader
+from triweave.data_pipeline.text.token_counts import write_token_counts
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 TAR_END = bytes(1024)
 LOADERS = ("triweave", "webdataset", "bare")
@@ -81,7 +81,7 @@ def bench_loader(
     for name, count in (("raw-samples", raw_samples), ("samples", full_samples), ("repeats", repeats)):
         if count < 1:
             raise ConfigError(f"--{name} {count}: must be at least 1")
-    from triweave.data_pipeline.transport import tune_memory
+    from triweave.data_pipeline.stream.transport import tune_memory
 
     manifest = Manifest.load(shards)
     rows: list[BenchRow] = []
@@ -211,8 +211,8 @@ def _raw_runs(config: DataConfig, subset: Manifest) -> Runs:
 
 
 def _full_runs(config: DataConfig, subset: Manifest) -> Runs:
-    from triweave.data_pipeline.loader import stream_pipeline
-    from triweave.data_pipeline.windows import WindowShape
+    from triweave.data_pipeline.stream.loader import stream_pipeline
+    from triweave.data_pipeline.stream.windows import WindowShape
 
     tokenizer = Tokenizer.load(config.tokenizer)
     S, geometry = config.sequence_length, config.geometry
@@ -275,7 +275,7 @@ def _webdataset_samples(tars: list[str]) -> Iterator[dict[str, Any]]:
 
     Its `gopen` refuses even local files once it is locked down, so they are opened here the way it would.
     """
-    from triweave.data_pipeline.loader import webdataset
+    from triweave.data_pipeline.stream.loader import webdataset
 
     def opened() -> Iterator[dict[str, Any]]:
         for tar in tars:

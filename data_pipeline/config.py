@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from triweave.data_pipeline.errors import ConfigError, DataError
-from triweave.data_pipeline.geometry import MediaGeometry
+from triweave.data_pipeline.media.geometry import MediaGeometry
 
 MAX_SEQUENCE_LENGTH = 1 << 24
 """Longest pack; packing keeps a bit per token of room, and positions are int32."""

@@ -31,8 +31,8 @@ def fetch(given: Path | None, corpus: Path, update: Update) -> dict[str, Any]:
 
 def build_shards(corpus: Path, shards: Path, workers: int, update: Update) -> dict[str, Any]:
     """Build the shards: one document per picture and language, with speech where there is some."""
-    from triweave.data_pipeline.build import BuildOptions, BuildProgress, build
-    from triweave.data_pipeline.media_encoder import MediaOptions
+    from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build
+    from triweave.data_pipeline.shards.media_encoder import MediaOptions
     from triweave.data_pipeline.sources.tuxpaint import TuxPaintSource
 
     def show(progress: BuildProgress) -> None:
@@ -51,7 +51,7 @@ def build_shards(corpus: Path, shards: Path, workers: int, update: Update) -> di
 
 def verify_shards(shards: Path, update: Update) -> dict[str, Any]:
     """Hash everything again."""
-    from triweave.data_pipeline.verify import verify
+    from triweave.data_pipeline.shards.verify import verify
 
     report = verify(shards, lambda done, total: update(done, total, f"{done} of {total} shards hashed"))
     if report.damage:
@@ -61,8 +61,8 @@ def verify_shards(shards: Path, update: Update) -> dict[str, Any]:
 
 def make_tokenizer(shards: Path, out: Path, update: Update) -> dict[str, Any]:
     """Train the tokenizer on the captions of the shards."""
-    from triweave.data_pipeline.manifest import Manifest
-    from triweave.data_pipeline.tokenizer import train_tokenizer
+    from triweave.data_pipeline.shards.manifest import Manifest
+    from triweave.data_pipeline.text.tokenizer import train_tokenizer
 
     manifest = Manifest.load(shards)
     report = train_tokenizer(manifest, VOCABULARY, out, progress=_counter(update, manifest.samples, "captions read"))
@@ -71,8 +71,8 @@ def make_tokenizer(shards: Path, out: Path, update: Update) -> dict[str, Any]:
 
 def count_tokens(shards: Path, tokenizer: Path, workers: int, update: Update) -> dict[str, Any]:
     """Count the tokens of every document."""
-    from triweave.data_pipeline.manifest import Manifest
-    from triweave.data_pipeline.token_counts import write_token_counts
+    from triweave.data_pipeline.shards.manifest import Manifest
+    from triweave.data_pipeline.text.token_counts import write_token_counts
 
     manifest = Manifest.load(shards)
     progress = _counter(update, manifest.samples, "documents counted")
@@ -83,7 +83,7 @@ def count_tokens(shards: Path, tokenizer: Path, workers: int, update: Update) ->
 def plan_packs(config_path: Path) -> dict[str, Any]:
     """Pack the first block, as training will."""
     from triweave.data_pipeline.config import load_data_config
-    from triweave.data_pipeline.plan import Planner
+    from triweave.data_pipeline.stream.plan import Planner
 
     data = load_data_config(config_path)
     plan = Planner(data).block(0)

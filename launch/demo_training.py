@@ -95,8 +95,8 @@ class DemoTraining:
 
     def score(self, mean_steps: int) -> dict[str, Any]:
         """Return the losses at the end, and those of the best unigram model on the same tokens."""
-        from triweave.data_pipeline.modalities import MODALITIES
-        from triweave.data_pipeline.plan import Planner
+        from triweave.data_pipeline.media.modalities import MODALITIES
+        from triweave.data_pipeline.stream.plan import Planner
         from triweave.launch.unigram import state_before, unigram_losses
         from triweave.pretrain.model import MultimodalTransformer
 

@@ -9,7 +9,7 @@ from triweave.launch.hostfile import Host
 from triweave.launch.machine import Machine
 
 if TYPE_CHECKING:
-    from triweave.data_pipeline.manifest import Manifest
+    from triweave.data_pipeline.shards.manifest import Manifest
     from triweave.pretrain.config import RunConfig
 
 
@@ -41,9 +41,9 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
     Looks at names and sizes only; `triweave verify` re-hashes.
     Raises DataError, PretrainError or PreflightError, each naming what is missing and the command that makes it.
     """
-    from triweave.data_pipeline.manifest import Manifest
-    from triweave.data_pipeline.token_counts import token_counts_path
-    from triweave.data_pipeline.tokenizer import Tokenizer
+    from triweave.data_pipeline.shards.manifest import Manifest
+    from triweave.data_pipeline.text.token_counts import token_counts_path
+    from triweave.data_pipeline.text.tokenizer import Tokenizer
 
     config.check_world(ranks)
     tokenizer = Tokenizer.load(config.data.tokenizer)

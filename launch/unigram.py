@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from triweave.data_pipeline.config import DataConfig
-    from triweave.data_pipeline.plan import Planner
-    from triweave.data_pipeline.state import StreamState
+    from triweave.data_pipeline.stream.plan import Planner
+    from triweave.data_pipeline.stream.state import StreamState
 
 
 def entropy(counts: Counter[int]) -> float:
@@ -43,8 +43,8 @@ def unigram_losses(
     loader that training uses.
     """
     from triweave.data_pipeline.batch import TEXT_ID
-    from triweave.data_pipeline.loader import StepLoader
-    from triweave.data_pipeline.modalities import MODALITIES
+    from triweave.data_pipeline.media.modalities import MODALITIES
+    from triweave.data_pipeline.stream.loader import StepLoader
 
     names = {TEXT_ID: "text"} | {modality.id: name for name, modality in MODALITIES.items()}
     counts: dict[str, Counter[int]] = defaultdict(Counter)

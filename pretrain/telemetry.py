@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 
 from triweave.data_pipeline.batch import TEXT_ID
-from triweave.data_pipeline.modalities import MODALITIES
+from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.pretrain.zero import StepResult
 
 METRICS = "metrics.jsonl"

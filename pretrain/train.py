@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.loader import StepLoader, StepWindow
-from triweave.data_pipeline.state import StreamState
+from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
+from triweave.data_pipeline.stream.state import StreamState
 from triweave.kernels.errors import KernelError
 from triweave.pretrain.batch import kernel_tables
 from triweave.pretrain.checkpoint import (

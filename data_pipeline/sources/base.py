@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import xxhash
 
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.schema import Document
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import Document
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.modalities import MODALITIES, modality_of_extension
-from triweave.data_pipeline.schema import Document, Part, TextPart
+from triweave.data_pipeline.media.modalities import MODALITIES, modality_of_extension
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import Document, Part, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Row, require_folder, walk_files
 
 SIDECAR_FIELDS = ("text", "labels", "source")

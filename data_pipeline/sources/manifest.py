@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.schema import Document
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import Document
 from triweave.data_pipeline.sources.base import Row
 from triweave.data_pipeline.sources.record import record_document
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.schema import TEXT, Document, MediaPart, Part, TextPart
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import TEXT, Document, MediaPart, Part, TextPart
 
 ReadMember = Callable[[str], bytes]
 """Returns the bytes of a member named in a part, for records that come with members."""

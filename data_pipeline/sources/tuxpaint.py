@@ -23,10 +23,10 @@ from typing import Any, Literal, get_args
 
 import xxhash
 
-from triweave.data_pipeline import images
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.schema import Document, Part, TextPart
+from triweave.data_pipeline.media import images
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import Document, Part, TextPart
 from triweave.data_pipeline.sources.base import Row, require_folder, walk_files
 
 PartOrder = Literal["mixed", "canonical"]

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.modalities import modality_of_extension
-from triweave.data_pipeline.schema import SCHEMA_VERSION, Document, Part, TextPart
+from triweave.data_pipeline.media.modalities import modality_of_extension
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import SCHEMA_VERSION, Document, Part, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Row, walk_files
 from triweave.data_pipeline.sources.record import record_document
 

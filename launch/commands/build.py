@@ -31,11 +31,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from triweave.data_pipeline.build import BuildOptions, BuildProgress, build
 from triweave.data_pipeline.errors import BuildError, SourceError
-from triweave.data_pipeline.ledger import read_ledger, reason_counts
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build
+from triweave.data_pipeline.shards.ledger import read_ledger, reason_counts
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.media_encoder import MediaOptions
 from triweave.data_pipeline.sources.base import Source
 from triweave.data_pipeline.sources.registry import SOURCES
 

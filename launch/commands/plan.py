@@ -16,7 +16,7 @@ import json
 
 from triweave.data_pipeline.config import load_data_config, read_yaml
 from triweave.data_pipeline.errors import ConfigError
-from triweave.data_pipeline.plan_report import FILL_BORDERS, PlanReport, report_plan
+from triweave.data_pipeline.stream.plan_report import FILL_BORDERS, PlanReport, report_plan
 
 BAR_CHARACTERS = 40
 

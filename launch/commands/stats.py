@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from triweave.data_pipeline.stats import ShardStats, shard_stats
+from triweave.data_pipeline.shards.stats import ShardStats, shard_stats
 
 _BYTES_PER_MB = 1 << 20
 _MS_PER_HOUR = 3_600_000

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.token_counts import write_token_counts
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.launch.progress import sample_progress
 
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from triweave.data_pipeline.errors import TokenizerError
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.tokenizer import SAMPLE_BYTES, train_tokenizer
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.text.tokenizer import SAMPLE_BYTES, train_tokenizer
 from triweave.launch.progress import sample_progress
 
 

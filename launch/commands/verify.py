@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from triweave.data_pipeline.verify import verify
+from triweave.data_pipeline.shards.verify import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from triweave.data_pipeline.build import BuildOptions, build
-from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
 from triweave.data_pipeline.sources.manifest import ManifestSource
-from triweave.data_pipeline.token_counts import write_token_counts
-from triweave.data_pipeline.tokenizer import train_tokenizer
+from triweave.data_pipeline.text.token_counts import write_token_counts
+from triweave.data_pipeline.text.tokenizer import train_tokenizer
 
 CAPTIONS = {
     "en": "A small bird sits on a branch and sings.",

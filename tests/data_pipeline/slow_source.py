@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triweave.data_pipeline.build import BuildOptions, build
 from triweave.data_pipeline.errors import MediaError
-from triweave.data_pipeline.media_encoder import MediaEncoder
-from triweave.data_pipeline.schema import Document, TextPart
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Row
 
 ROWS = 1400

@@ -12,9 +12,9 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triweave.data_pipeline import audio
 from triweave.data_pipeline.errors import MediaError
-from triweave.data_pipeline.geometry import MediaInfo, resampled_length
+from triweave.data_pipeline.media import audio
+from triweave.data_pipeline.media.geometry import MediaInfo, resampled_length
 
 CODECS = {
     "WAV": ("PCM_16", "wav", "audio/wav"),
@@ -174,7 +174,7 @@ def test_flac_reencode_gives_the_same_bytes_in_another_process(tmp_path):
     path = tmp_path / "clip.ogg"
     path.write_bytes(encoded(tone(30_000, 44_100), 44_100, "OGG", "VORBIS"))
     program = (
-        "import sys, hashlib; from triweave.data_pipeline.audio import reencode_flac;"
+        "import sys, hashlib; from triweave.data_pipeline.media.audio import reencode_flac;"
         "print(hashlib.sha256(reencode_flac(open(sys.argv[1], 'rb').read(), 16000)).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 
 from triweave.data_pipeline.bench import bench_loader, copy_first_samples
 from triweave.data_pipeline.errors import ConfigError
-from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.shards.manifest import Manifest
 
 
 def test_every_loader_sees_every_sample(stream_data: Any) -> None:

@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from triweave.data_pipeline.build import BuildOptions, BuildProgress, build, build_order
 from triweave.data_pipeline.errors import BuildError, SourceError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.ledger import read_ledger
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build, build_order
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.ledger import read_ledger
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.verify import verify
+from triweave.data_pipeline.shards.writer import EncodedSample, ShardWriter
 from triweave.data_pipeline.sources.base import Row
 from triweave.data_pipeline.sources.folder import FolderSource
-from triweave.data_pipeline.verify import verify
-from triweave.data_pipeline.writer import EncodedSample, ShardWriter
 
 SCRIPT = Path(__file__).with_name("slow_source.py")
 

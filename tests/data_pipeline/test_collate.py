@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.data_pipeline.collate import Row, collate
-from triweave.data_pipeline.content import Piece
+from triweave.data_pipeline.stream.collate import Row, collate
+from triweave.data_pipeline.stream.content import Piece
 
 S, PAD = 60, 0
 GRIDS = {1: [(1, 2, 3), (1, 1, 1), (1, 4, 1), (1, 1, 3), (2, 2, 2)], 2: [(3, 1, 1), (5, 1, 1)]}

@@ -8,7 +8,7 @@ import pytest
 
 from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig, load_data_config
 from triweave.data_pipeline.errors import ConfigError, DataError
-from triweave.data_pipeline.geometry import MediaGeometry
+from triweave.data_pipeline.media.geometry import MediaGeometry
 
 YAML = """
 run_dir: runs/x

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.geometry import (
+from triweave.data_pipeline.media.geometry import (
     MediaGeometry,
     MediaInfo,
     audio_frames,

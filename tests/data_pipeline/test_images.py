@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from triweave.data_pipeline import images
 from triweave.data_pipeline.errors import DataError, MediaError
+from triweave.data_pipeline.media import images
 
 GENERATOR = np.random.default_rng(0)
 
@@ -228,7 +228,7 @@ def test_reencode_gives_the_same_bytes_in_another_process(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(encoded(Image.fromarray(GENERATOR.integers(0, 255, (90, 70, 4), np.uint8)), "PNG"))
     program = (
-        "import sys, hashlib; from triweave.data_pipeline.images import reencode;"
+        "import sys, hashlib; from triweave.data_pipeline.media.images import reencode;"
         "print(hashlib.sha256(reencode(open(sys.argv[1], 'rb').read(), 40)[0]).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)

@@ -19,11 +19,11 @@ import webdataset
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig, SourceConfig
 from triweave.data_pipeline.errors import CorruptionBudgetError, DataError, StateError
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.loader import MicroBatch, StepLoader, StepWindow
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.modalities import MODALITIES
-from triweave.data_pipeline.state import StreamState
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.stream.loader import MicroBatch, StepLoader, StepWindow
+from triweave.data_pipeline.stream.state import StreamState
 
 S = 64
 GEOMETRY = MediaGeometry(image_patch_px=8, image_max_tokens=400)

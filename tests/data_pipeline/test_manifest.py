@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from triweave.data_pipeline.errors import DataError, ShardDamagedError, ShardMissingError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triweave.data_pipeline import mel
-from triweave.data_pipeline.geometry import MediaGeometry, MediaInfo, audio_frames, audio_grid
-from triweave.data_pipeline.mel import LOG_MEL_FLOOR, log_mel, log_mel_tokens
+from triweave.data_pipeline.media import mel
+from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo, audio_frames, audio_grid
+from triweave.data_pipeline.media.mel import LOG_MEL_FLOOR, log_mel, log_mel_tokens
 
 
 def kaldi_fbank(waveform, rate_hz, bins):

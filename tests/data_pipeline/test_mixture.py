@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triweave.data_pipeline.mixture import Mixture, SourceShape, keyed_order
+from triweave.data_pipeline.stream.mixture import Mixture, SourceShape, keyed_order
 
 EXPECTED_ORDER = [4, 6, 1, 2, 7, 0, 5, 3]
 

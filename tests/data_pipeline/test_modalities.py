@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from triweave.data_pipeline.errors import MediaError
-from triweave.data_pipeline.geometry import MediaGeometry, MediaInfo
-from triweave.data_pipeline.modalities import MODALITIES, Modality, grids, modality_of_extension
-from triweave.data_pipeline.tokenizer import RESERVED_MEDIA
+from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
+from triweave.data_pipeline.media.modalities import MODALITIES, Modality, grids, modality_of_extension
+from triweave.data_pipeline.text.tokenizer import RESERVED_MEDIA
 
 SMALL = MediaGeometry(image_patch_px=4, image_max_tokens=12, audio_mel_bins=8)
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triweave.data_pipeline.build import BuildOptions, build
-from triweave.data_pipeline.catalog import UNKNOWN_MODALITY
 from triweave.data_pipeline.config import DataConfig, SourceConfig
-from triweave.data_pipeline.geometry import MediaGeometry, MediaInfo
-from triweave.data_pipeline.loader import StepLoader
-from triweave.data_pipeline.modalities import MODALITIES, Modality
+from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
+from triweave.data_pipeline.media.modalities import MODALITIES, Modality
+from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.sources.manifest import ManifestSource
-from triweave.data_pipeline.token_counts import write_token_counts
-from triweave.data_pipeline.tokenizer import train_tokenizer
+from triweave.data_pipeline.stream.catalog import UNKNOWN_MODALITY
+from triweave.data_pipeline.stream.loader import StepLoader
+from triweave.data_pipeline.text.token_counts import write_token_counts
+from triweave.data_pipeline.text.tokenizer import train_tokenizer
 
 
 def test_a_modality_of_ones_own_flows_through_untouched_code(

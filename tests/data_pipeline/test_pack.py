@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triweave.data_pipeline.pack import best_fit_decreasing
+from triweave.data_pipeline.stream.pack import best_fit_decreasing
 
 
 def document_sizes(count: int, seed: int) -> np.ndarray:

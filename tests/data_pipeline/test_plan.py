@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triweave.data_pipeline.catalog import EMPTY_DOCUMENT
 from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig
-from triweave.data_pipeline.content import piece_layout, row_pieces
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.plan import Planner
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.stream.catalog import EMPTY_DOCUMENT
+from triweave.data_pipeline.stream.content import piece_layout, row_pieces
+from triweave.data_pipeline.stream.plan import Planner
 
 GEOMETRY = MediaGeometry(image_patch_px=8, image_max_tokens=400)
 

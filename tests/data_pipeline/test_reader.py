@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from triweave.data_pipeline import reader as reader_module
-from triweave.data_pipeline.reader import CorruptSampleError, ShardReader
+from triweave.data_pipeline.stream import reader as reader_module
+from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triweave.data_pipeline.errors import SchemaError
-from triweave.data_pipeline.geometry import MediaInfo
-from triweave.data_pipeline.schema import (
+from triweave.data_pipeline.media.geometry import MediaInfo
+from triweave.data_pipeline.shards.schema import (
     KEY_PATTERN,
     Document,
     TextPart,

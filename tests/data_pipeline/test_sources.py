@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triweave.data_pipeline.build import BuildOptions, build
 from triweave.data_pipeline.errors import MediaError, SourceError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.ledger import read_ledger
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.media_encoder import MediaEncoder, MediaOptions
-from triweave.data_pipeline.schema import Document, MediaPart, TextPart
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.ledger import read_ledger
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
+from triweave.data_pipeline.shards.schema import Document, MediaPart, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Source, listing_hash
 from triweave.data_pipeline.sources.folder import FolderSource
 from triweave.data_pipeline.sources.manifest import ManifestSource

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.stats import shard_stats
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.stats import shard_stats
 
 
 def test_counts_of_the_tiny_corpus(tiny_shards: Manifest) -> None:

@@ -6,13 +6,13 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from triweave.data_pipeline import token_counts
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.shard_texts import read_texts
-from triweave.data_pipeline.token_counts import read_token_counts, token_counts_path, write_token_counts
-from triweave.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.text import token_counts
+from triweave.data_pipeline.text.shard_texts import read_texts
+from triweave.data_pipeline.text.token_counts import read_token_counts, token_counts_path, write_token_counts
+from triweave.data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

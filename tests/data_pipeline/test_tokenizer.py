@@ -11,13 +11,13 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from triweave.data_pipeline.build import BuildOptions, build
 from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError, TokenizerError
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.modalities import MODALITIES
-from triweave.data_pipeline.shard_texts import read_texts
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
-from triweave.data_pipeline.tokenizer import CHAT_MARKERS, RESERVED_MEDIA, Tokenizer, _TextSample, train_tokenizer
+from triweave.data_pipeline.text.shard_texts import read_texts
+from triweave.data_pipeline.text.tokenizer import CHAT_MARKERS, RESERVED_MEDIA, Tokenizer, _TextSample, train_tokenizer
 
 VOCAB_SIZE = 480
 
@@ -97,8 +97,8 @@ def test_a_registered_modality_gets_markers(tiny_shards, tmp_path, monkeypatch):
 def test_training_is_reproducible_in_another_process_and_for_other_shard_sizes(tiny_corpus, path, tmp_path):
     manifest = build(FolderSource(root=tiny_corpus), tmp_path / "shards", BuildOptions(shard_size_bytes=10_000_000))
     program = (
-        "import sys; from pathlib import Path; from triweave.data_pipeline.manifest import Manifest;"
-        "from triweave.data_pipeline.tokenizer import train_tokenizer;"
+        "import sys; from pathlib import Path; from triweave.data_pipeline.shards.manifest import Manifest;"
+        "from triweave.data_pipeline.text.tokenizer import train_tokenizer;"
         f"train_tokenizer(Manifest.load(sys.argv[1]), {VOCAB_SIZE}, Path(sys.argv[2]))"
     )
     out = tmp_path / "again.model"

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from triweave.data_pipeline import loader as loader_module
-from triweave.data_pipeline import transport
 from triweave.data_pipeline.config import DataConfig, SourceConfig
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.loader import StepLoader
-from triweave.data_pipeline.transport import unwrap, wrap
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.stream import loader as loader_module
+from triweave.data_pipeline.stream import transport
+from triweave.data_pipeline.stream.loader import StepLoader
+from triweave.data_pipeline.stream.transport import unwrap, wrap
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -76,8 +76,8 @@ def test_workers_are_forked_where_nothing_speaks_against_it() -> None:
 ENDLESS = """
 import sys
 from triweave.data_pipeline.config import DataConfig, SourceConfig
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.loader import StepLoader
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.stream.loader import StepLoader
 config = DataConfig(sources=[SourceConfig(name="birds", shards=sys.argv[1])], tokenizer=sys.argv[2], workers=2,
     sequence_length=64, geometry=MediaGeometry(image_patch_px=8, image_max_tokens=400))
 for window in StepLoader(config, rank=0, world_size=1, global_batch_rows=2, micro_batch_rows=2):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from triweave.data_pipeline.build import BuildOptions, build
 from triweave.data_pipeline.errors import SourceError
-from triweave.data_pipeline.ledger import read_ledger
-from triweave.data_pipeline.media_encoder import MediaEncoder, MediaOptions
-from triweave.data_pipeline.schema import Document, TextPart
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.ledger import read_ledger
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
+from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.tuxpaint import TuxPaintSource, part_order
 
 CAPTIONS = "A  small\tcat. x=1\nde.utf8=Eine Katze.\npt_BR.utf8=Um gato.\nfr.utf8=\nzh_TW.utf8=貓\nnonsense\n"
@@ -130,7 +130,7 @@ def test_wrong_use(tmp_path: Path) -> None:
 
 
 def test_a_shared_picture_is_encoded_once_for_all_documents(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triweave.data_pipeline import images
+    from triweave.data_pipeline.media import images
 
     calls: list[int] = []
     plain = images.reencode

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from triweave.data_pipeline.errors import DataError, ShardDamagedError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.schema import document_key
-from triweave.data_pipeline.verify import Damage, verify
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.schema import document_key
+from triweave.data_pipeline.shards.verify import Damage, verify
 
 SHARD = 1
 

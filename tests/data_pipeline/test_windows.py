@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from triweave.data_pipeline.errors import WindowError
-from triweave.data_pipeline.windows import WindowShape, assign_rows
+from triweave.data_pipeline.stream.windows import WindowShape, assign_rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

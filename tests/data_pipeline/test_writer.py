@@ -13,10 +13,10 @@ import pytest
 import xxhash
 
 from triweave.data_pipeline.errors import SchemaError
-from triweave.data_pipeline.geometry import MediaInfo
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.schema import Document, MediaPart, TextPart, document_from_json, media_part
-from triweave.data_pipeline.writer import ShardWriter, encode_sample
+from triweave.data_pipeline.media.geometry import MediaInfo
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.schema import Document, MediaPart, TextPart, document_from_json, media_part
+from triweave.data_pipeline.shards.writer import ShardWriter, encode_sample
 
 
 def document(number: int) -> Document:

@@ -51,11 +51,11 @@ DOCUMENTS = 120
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with shards/ and tokenizer.model, made of pictures of one colour and sentences about it."""
-    from triweave.data_pipeline.build import BuildOptions, build
-    from triweave.data_pipeline.manifest import Manifest
+    from triweave.data_pipeline.shards.build import BuildOptions, build
+    from triweave.data_pipeline.shards.manifest import Manifest
     from triweave.data_pipeline.sources.manifest import ManifestSource
-    from triweave.data_pipeline.token_counts import write_token_counts
-    from triweave.data_pipeline.tokenizer import train_tokenizer
+    from triweave.data_pipeline.text.token_counts import write_token_counts
+    from triweave.data_pipeline.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     draw = random.Random(0)

@@ -18,8 +18,8 @@ import yaml
 from PIL import Image
 
 from triweave.data_pipeline.config import load_data_config
-from triweave.data_pipeline.loader import StepLoader
-from triweave.data_pipeline.plan import Planner
+from triweave.data_pipeline.stream.loader import StepLoader
+from triweave.data_pipeline.stream.plan import Planner
 from triweave.launch.commands.demo import print_table
 from triweave.launch.demo import DemoOptions, run_demo
 from triweave.launch.demo_training import kill_rank, write_config

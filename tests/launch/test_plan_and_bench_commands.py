@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triweave.data_pipeline.build import BuildOptions, build
+from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.sources.folder import FolderSource
-from triweave.data_pipeline.token_counts import write_token_counts
-from triweave.data_pipeline.tokenizer import train_tokenizer
+from triweave.data_pipeline.text.token_counts import write_token_counts
+from triweave.data_pipeline.text.tokenizer import train_tokenizer
 from triweave.launch.cli import main
 
 DOCUMENTS = 30

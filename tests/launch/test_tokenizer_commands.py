@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from triweave.data_pipeline.build import BuildOptions, build
-from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
-from triweave.data_pipeline.token_counts import read_token_counts
+from triweave.data_pipeline.text.token_counts import read_token_counts
 from triweave.launch.cli import main
 
 DOCUMENTS = 60

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.mel import log_mel_tokens
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.media.mel import log_mel_tokens
 from triweave.pretrain.embedders import EMBEDDERS, ImagePatchEmbedder, LogMelEmbedder
 
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import xxhash
 
-from triweave.data_pipeline.index import IndexRow
-from triweave.data_pipeline.ledger import LedgerRow
-from triweave.data_pipeline.manifest import file_xxh3
-from triweave.data_pipeline.media_encoder import MediaEncoder, MediaOptions
-from triweave.data_pipeline.schema import content_hash, document_key
+from triweave.data_pipeline.shards.index import IndexRow
+from triweave.data_pipeline.shards.ledger import LedgerRow
+from triweave.data_pipeline.shards.manifest import file_xxh3
+from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
+from triweave.data_pipeline.shards.schema import content_hash, document_key
+from triweave.data_pipeline.shards.writer import EncodedSample, encode_sample
 from triweave.data_pipeline.sources.base import FilteredError, Row, Source
 from triweave.data_pipeline.worker_process import prepare_worker
-from triweave.data_pipeline.writer import EncodedSample, encode_sample
 
 CHUNK_ROWS = 256
 _REASON_CHARACTERS = 300

@@ -21,7 +21,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from triweave.data_pipeline.geometry import MediaGeometry
+from triweave.data_pipeline.media.geometry import MediaGeometry
 
 LOG_MEL_FLOOR = math.log(2.0**-23)
 """Value of silence, and of the frames that fill up the last token: -15.94. Speech lies between it and about 9."""

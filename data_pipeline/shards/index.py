@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError
-from triweave.data_pipeline.manifest import Manifest, file_xxh3
+from triweave.data_pipeline.shards.manifest import Manifest, file_xxh3
 
 INDEX_SCHEMA = pa.schema(
     [

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.geometry import MediaGeometry
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.modalities import MODALITIES, Modality, grids
-from triweave.data_pipeline.token_counts import read_token_counts
-from triweave.data_pipeline.tokenizer import Tokenizer
+from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.media.modalities import MODALITIES, Modality, grids
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.text.token_counts import read_token_counts
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 MEDIA_OVERHEAD_TOKENS = 3
 """Tokens beside the placeholders that a piece with one media item may need: its start marker, bos and eos."""

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from triweave.data_pipeline.batch import PADDING_ID, PackedBatch, Payload
-from triweave.data_pipeline.catalog import modality_names
-from triweave.data_pipeline.content import Piece
-from triweave.data_pipeline.modalities import MODALITIES
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.stream.catalog import modality_names
+from triweave.data_pipeline.stream.content import Piece
 
 Int = npt.NDArray[np.int64]
 

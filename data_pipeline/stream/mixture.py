@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from triweave.data_pipeline.state import SourceCursor
+from triweave.data_pipeline.stream.state import SourceCursor
 
 SHARE_BITS = 32
 

@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from triweave.data_pipeline.errors import SchemaError
-from triweave.data_pipeline.geometry import MediaInfo
+from triweave.data_pipeline.media.geometry import MediaInfo
 
 SCHEMA_VERSION = 1
 TEXT = "text"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from triweave.data_pipeline.errors import BuildError
-from triweave.data_pipeline.ledger import LedgerRow, read_ledger, write_ledger
-from triweave.data_pipeline.manifest import ShardEntry, write_atomically
-from triweave.data_pipeline.writer import EncodedSample, ShardWriter
+from triweave.data_pipeline.shards.ledger import LedgerRow, read_ledger, write_ledger
+from triweave.data_pipeline.shards.manifest import ShardEntry, write_atomically
+from triweave.data_pipeline.shards.writer import EncodedSample, ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.ledger import read_ledger, reason_counts
-from triweave.data_pipeline.manifest import Manifest
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.ledger import read_ledger, reason_counts
+from triweave.data_pipeline.shards.manifest import Manifest
 
 LABEL_VALUES = 100
 """A label with more distinct values than this is reported by their number alone."""

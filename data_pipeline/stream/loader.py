@@ -26,17 +26,17 @@ import webdataset.utils
 from torch.utils.data import DataLoader, get_worker_info
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.data_pipeline.collate import Row, collate
 from triweave.data_pipeline.config import DataConfig
-from triweave.data_pipeline.content import FillerEvent, MediaBuffers, Piece, PieceMaker
 from triweave.data_pipeline.errors import CorruptionBudgetError
-from triweave.data_pipeline.modalities import MODALITIES
-from triweave.data_pipeline.plan import Planner
-from triweave.data_pipeline.reader import CorruptSampleError
-from triweave.data_pipeline.state import StreamState
-from triweave.data_pipeline.tokenizer import Tokenizer
-from triweave.data_pipeline.transport import Parcel, interrupts_held, start_method, start_worker, unwrap, wrap
-from triweave.data_pipeline.windows import MicroBatchTask, WindowShape, micro_batch_tasks
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.stream.collate import Row, collate
+from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker
+from triweave.data_pipeline.stream.plan import Planner
+from triweave.data_pipeline.stream.reader import CorruptSampleError
+from triweave.data_pipeline.stream.state import StreamState
+from triweave.data_pipeline.stream.transport import Parcel, interrupts_held, start_method, start_worker, unwrap, wrap
+from triweave.data_pipeline.stream.windows import MicroBatchTask, WindowShape, micro_batch_tasks
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 # It may have been imported before us, with the variable unset.
 webdataset.utils.enforce_security = True

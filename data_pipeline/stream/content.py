@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from triweave.data_pipeline.catalog import ShardCatalog
-from triweave.data_pipeline.geometry import MediaGeometry, MediaInfo
-from triweave.data_pipeline.modalities import MODALITIES, Modality
-from triweave.data_pipeline.plan import BlockPlan, Planner
-from triweave.data_pipeline.reader import CorruptSampleError, ShardReader
+from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
+from triweave.data_pipeline.media.modalities import MODALITIES, Modality
+from triweave.data_pipeline.stream.catalog import ShardCatalog
+from triweave.data_pipeline.stream.plan import BlockPlan, Planner
+from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
 Run = tuple[int, int, int, int, int]
 """Consecutive tokens of one kind: modality id, tokens, and their (t, h, w) grid; text has (tokens, 1, 1)."""

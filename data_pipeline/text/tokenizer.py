@@ -20,9 +20,9 @@ import sentencepiece
 import xxhash
 
 from triweave.data_pipeline.errors import TokenizerError
-from triweave.data_pipeline.manifest import Manifest, write_atomically
-from triweave.data_pipeline.modalities import MODALITIES
-from triweave.data_pipeline.shard_texts import read_texts
+from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.shards.manifest import Manifest, write_atomically
+from triweave.data_pipeline.text.shard_texts import read_texts
 
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 RESERVED_MEDIA = ("video", "reserved_0", "reserved_1", "reserved_2", "reserved_3")

@@ -18,9 +18,9 @@ from types import TracebackType
 import xxhash
 
 from triweave.data_pipeline.errors import SchemaError
-from triweave.data_pipeline.index import IndexRow, write_index
-from triweave.data_pipeline.manifest import ShardEntry, file_xxh3, sync_folder
-from triweave.data_pipeline.schema import (
+from triweave.data_pipeline.shards.index import IndexRow, write_index
+from triweave.data_pipeline.shards.manifest import ShardEntry, file_xxh3, sync_folder
+from triweave.data_pipeline.shards.schema import (
     KEY_PATTERN,
     Document,
     MediaPart,

@@ -12,10 +12,10 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from triweave.data_pipeline.content import PiecePlan, row_pieces
 from triweave.data_pipeline.errors import WindowError
-from triweave.data_pipeline.plan import BlockPlan, Planner
-from triweave.data_pipeline.state import StreamState
+from triweave.data_pipeline.stream.content import PiecePlan, row_pieces
+from triweave.data_pipeline.stream.plan import BlockPlan, Planner
+from triweave.data_pipeline.stream.state import StreamState
 
 ZERO_LOSS_ROW = -1
 

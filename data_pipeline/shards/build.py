@@ -25,9 +25,11 @@ from typing import Any
 
 import xxhash
 
-from triweave.data_pipeline.assemble import Assembler, require_size
-from triweave.data_pipeline.audio import MAX_AUDIO_RATE_HZ, MIN_AUDIO_RATE_HZ
-from triweave.data_pipeline.chunks import (
+from triweave.data_pipeline.errors import BuildError, SourceError
+from triweave.data_pipeline.media.audio import MAX_AUDIO_RATE_HZ, MIN_AUDIO_RATE_HZ
+from triweave.data_pipeline.media.images import MAX_IMAGE_SIDE_PX
+from triweave.data_pipeline.shards.assemble import Assembler, require_size
+from triweave.data_pipeline.shards.chunks import (
     Chunk,
     ChunkEncoder,
     ChunkJob,
@@ -38,10 +40,8 @@ from triweave.data_pipeline.chunks import (
     remove_chunk,
     start_worker,
 )
-from triweave.data_pipeline.errors import BuildError, SourceError
-from triweave.data_pipeline.images import MAX_IMAGE_SIDE_PX
-from triweave.data_pipeline.ledger import join_ledgers, read_ledger, reason_counts
-from triweave.data_pipeline.manifest import (
+from triweave.data_pipeline.shards.ledger import join_ledgers, read_ledger, reason_counts
+from triweave.data_pipeline.shards.manifest import (
     LEDGER_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -49,8 +49,8 @@ from triweave.data_pipeline.manifest import (
     write_atomically,
     write_manifest,
 )
-from triweave.data_pipeline.media_encoder import MediaOptions
-from triweave.data_pipeline.schema import document_key
+from triweave.data_pipeline.shards.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.schema import document_key
 from triweave.data_pipeline.sources.base import Row, Source, listing_hash
 
 BUILD_FOLDER = ".build"

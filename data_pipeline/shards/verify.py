@@ -20,11 +20,11 @@ import pyarrow as pa
 import xxhash
 
 from triweave.data_pipeline.errors import DataError, SchemaError
-from triweave.data_pipeline.index import IndexRow, read_index
-from triweave.data_pipeline.ledger import count_statuses, read_ledger
-from triweave.data_pipeline.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, ShardEntry, file_xxh3
-from triweave.data_pipeline.schema import Document, MediaPart, document_from_json
-from triweave.data_pipeline.writer import member_header
+from triweave.data_pipeline.shards.index import IndexRow, read_index
+from triweave.data_pipeline.shards.ledger import count_statuses, read_ledger
+from triweave.data_pipeline.shards.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, ShardEntry, file_xxh3
+from triweave.data_pipeline.shards.schema import Document, MediaPart, document_from_json
+from triweave.data_pipeline.shards.writer import member_header
 
 DamageKind = Literal["missing", "cut", "changed", "unlisted"]
 _JSON = "json"

@@ -18,7 +18,7 @@ import soundfile
 import soxr
 
 from triweave.data_pipeline.errors import DataError, MediaError
-from triweave.data_pipeline.geometry import MediaInfo, resampled_length
+from triweave.data_pipeline.media.geometry import MediaInfo, resampled_length
 
 EXTENSIONS = ("flac", "wav", "ogg", "oga", "opus", "mp3", "aiff", "aif")
 MAX_AUDIO_SAMPLES = 3600 * 48_000

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.manifest import Manifest, sync_folder
-from triweave.data_pipeline.shard_texts import SampleTexts, read_texts
-from triweave.data_pipeline.tokenizer import Tokenizer
+from triweave.data_pipeline.shards.manifest import Manifest, sync_folder
+from triweave.data_pipeline.text.shard_texts import SampleTexts, read_texts
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 from triweave.data_pipeline.worker_process import prepare_worker
 
 TOKEN_COUNTS_SCHEMA = pa.schema([("key", pa.string()), ("part_tokens", pa.list_(pa.int32()))])

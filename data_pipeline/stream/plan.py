@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from triweave.data_pipeline.catalog import ShardCatalog, load_shard_catalog, modality_names, usable_modalities
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import ConfigError
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.mixture import Draw, Mixture, SourceShape, keyed_order
-from triweave.data_pipeline.pack import best_fit_decreasing
-from triweave.data_pipeline.state import PlanSegment, StreamState
-from triweave.data_pipeline.tokenizer import Tokenizer
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.stream.catalog import ShardCatalog, load_shard_catalog, modality_names, usable_modalities
+from triweave.data_pipeline.stream.mixture import Draw, Mixture, SourceShape, keyed_order
+from triweave.data_pipeline.stream.pack import best_fit_decreasing
+from triweave.data_pipeline.stream.state import PlanSegment, StreamState
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 PLAN_VERSION = 1
 ATTENTION_COST_TOKENS = 2048

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triweave.data_pipeline.config import DataConfig
-from triweave.data_pipeline.plan import Planner
-from triweave.data_pipeline.tokenizer import Tokenizer
+from triweave.data_pipeline.stream.plan import Planner
+from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 FILL_BORDERS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Lower borders of the fill histogram's bins; the last bin holds full packs only."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from triweave.data_pipeline import audio, images
-from triweave.data_pipeline.geometry import Grid, MediaGeometry, MediaInfo, audio_grid, image_grid
-from triweave.data_pipeline.mel import log_mel_tokens
+from triweave.data_pipeline.media import audio, images
+from triweave.data_pipeline.media.geometry import Grid, MediaGeometry, MediaInfo, audio_grid, image_grid
+from triweave.data_pipeline.media.mel import log_mel_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import xxhash
 
-from triweave.data_pipeline import audio, images
 from triweave.data_pipeline.errors import MediaError
-from triweave.data_pipeline.geometry import MediaInfo
-from triweave.data_pipeline.modalities import MODALITIES, modality_of_extension
-from triweave.data_pipeline.schema import MediaPart, media_part
+from triweave.data_pipeline.media import audio, images
+from triweave.data_pipeline.media.geometry import MediaInfo
+from triweave.data_pipeline.media.modalities import MODALITIES, modality_of_extension
+from triweave.data_pipeline.shards.schema import MediaPart, media_part
 
 CACHE_BYTES = 64 << 20
 """Encoded bytes of shared media that one worker keeps in memory."""

@@ -23,7 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from triweave.data_pipeline.errors import DataError, MediaError
-from triweave.data_pipeline.geometry import MediaInfo
+from triweave.data_pipeline.media.geometry import MediaInfo
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_IMAGE_PIXELS = 178_956_970

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import xxhash
 
 from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError
-from triweave.data_pipeline.index import read_index
-from triweave.data_pipeline.manifest import Manifest
-from triweave.data_pipeline.schema import TEXT
+from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.shards.schema import TEXT
 
 _COLUMNS = ("key", "json_offset", "json_size", "part_modality", "part_xxh3")
 

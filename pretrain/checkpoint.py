@@ -83,9 +83,13 @@ class Checkpoint:
                 path = self.folder / name
                 if not path.is_file():
                     raise CheckpointError(f"{path} is missing")
-                if path.stat().st_size != entry["bytes"]:
-                    raise CheckpointError(f"{path} is damaged: {path.stat().st_size} of {entry['bytes']} bytes")
-                if hash_file(path) != entry["xxh3"]:
+                try:
+                    size_bytes, digest = path.stat().st_size, hash_file(path)
+                except OSError as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}") from error
+                if size_bytes != entry["bytes"]:
+                    raise CheckpointError(f"{path} is damaged: {size_bytes} of {entry['bytes']} bytes")
+                if digest != entry["xxh3"]:
                     raise CheckpointError(f"{path} is damaged: its xxh3 is not the manifest's")
 
     def load_into(self, engine: Engine) -> None:

@@ -73,7 +73,9 @@ def begin_attempt(run_dir: str | Path, attempt: int, *, parent: int | None, resu
     folder = _attempt_folder(run_dir, attempt)
     folder.mkdir(parents=True, exist_ok=True)
     lineage = {"attempt": attempt, "parent": parent, "resumed_step": resumed_step}
-    (folder / LINEAGE).write_text(json.dumps(lineage), encoding="utf-8")
+    temporary = folder / f".{LINEAGE}"
+    temporary.write_text(json.dumps(lineage), encoding="utf-8")
+    temporary.rename(folder / LINEAGE)
 
 
 def read_consumed(run_dir: str | Path) -> list[ConsumedRow]:

@@ -20,14 +20,16 @@ class ScheduleConfig:
     total_steps: int | None = None
     """Step at which final_fraction is reached; null means train.steps."""
     final_fraction: float = 0.1
-    """Factor at total_steps and after."""
+    """Factor at total_steps and after (wsd: where decay_steps is above 0)."""
     decay_steps: int = 0
-    """Length of the linear fall at the end, wsd only."""
+    """Length of the linear fall at the end, wsd only; it starts after the warm-up at the earliest, 0 never falls."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) < 0:
                 raise PretrainError(f"schedule.{name} is {getattr(self, name)}; it must be 0 or above")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise PretrainError(f"schedule.total_steps is {self.total_steps}; it must be at least 1, or null")
         if not 0 <= self.final_fraction <= 1:
             raise PretrainError(f"schedule.final_fraction is {self.final_fraction}; it must be in [0, 1]")
 
@@ -47,6 +49,6 @@ def learning_rate_factor(config: ScheduleConfig, step: int, train_steps: int) ->
     if config.kind == "cosine":
         share = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
         return config.final_fraction + (1 - config.final_fraction) * (1 + math.cos(math.pi * share)) / 2
-    start = total - config.decay_steps
-    share = min(1.0, max(0.0, (step - start) / config.decay_steps)) if config.decay_steps else 0.0
+    start = max(config.warmup_steps, total - config.decay_steps)
+    share = min(1.0, max(0.0, (step - start) / max(1, total - start))) if config.decay_steps else 0.0
     return 1 - (1 - config.final_fraction) * share

@@ -25,6 +25,7 @@ AGREED = "all ranks raise this"
 """Note on an error that came out of `World.agree`: one rank may print it for all."""
 ALONE = "not all ranks raise this"
 """Note on an error that `open_world` raises on some ranks only: each of them has to print it."""
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MESSAGE_BYTES = 4096
 """An error message that travels between ranks is cut to this many UTF-8 bytes."""
 
@@ -99,14 +100,19 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
+        raise PretrainError(
+            f"RANK is set but {missing[0]} is not; start ranks with `triweave launch` or `deepspeed`, or unset RANK to "
+            "train in this process alone"
+        )
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
-        missing = PretrainError(
+        too_many = PretrainError(
             f"local rank {local_rank} has no CUDA device, there are {torch.cuda.device_count()}; "
             "start fewer ranks per host, or set train.device=cpu"
         )
-        missing.add_note(ALONE)
-        raise missing
+        too_many.add_note(ALONE)
+        raise too_many
     if torch_threads:
         torch.set_num_threads(torch_threads)
     _quieten_deepspeed(device)

@@ -76,6 +76,11 @@ class Mixture:
         """Samples drawn in what is called one epoch: as many as all sources hold together."""
         return sum(source.samples for source in self.sources)
 
+    @property
+    def epoch_blocks(self) -> int:
+        """Blocks of one epoch."""
+        return self.group_count(0) if len(self.sources) == 1 else -(-self.epoch_samples // self.block_samples)
+
     def draws(self, block: int) -> list[Draw]:
         """Return what block number `block` takes from each source, in the order of the sources and their epochs."""
         if len(self.sources) == 1:

@@ -132,7 +132,7 @@ def _rows(planner: Planner, start: StreamState) -> Iterator[tuple[BlockPlan, int
         for row in range(skip, plan.rows):
             yield plan, row, block_first_row
         barren = 0 if plan.rows else barren + 1
-        if barren > planner.mixture.group_count(0):
+        if barren > planner.mixture.epoch_blocks:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in plan.left_out.items()) or "no samples"
             raise WindowError(
                 f"a whole epoch gives no pack at sequence_length={planner.config.sequence_length} ({reasons})"

@@ -91,3 +91,14 @@ def test_parts_of_an_epoch_join_without_a_seam() -> None:
     assert drawn[:24] == sorted(drawn[:24], key=lambda s: s[1])
     assert len({s[2:] for s in drawn[:24]}) == 24
     assert np.all(np.diff([s[1] for s in drawn]) >= 0)
+
+
+@pytest.mark.parametrize("block_samples", [1, 8, 20, 1000])
+def test_the_blocks_of_an_epoch_of_a_mixture_draw_as_many_samples_as_there_are(block_samples: int) -> None:
+    shapes = [
+        SourceShape(name="a", weight=3.0, shard_samples=(7, 5)),
+        SourceShape(name="b", weight=1.0, shard_samples=(30,)),
+    ]
+    mixture = Mixture(shapes, block_samples=block_samples, seed=3)
+    drawn = len(samples_of(mixture, range(mixture.epoch_blocks)))
+    assert mixture.epoch_samples <= drawn + 1 < mixture.epoch_samples + mixture.block_samples + 2

@@ -35,7 +35,17 @@ def test_total_steps_follow_the_run_unless_named():
     assert learning_rate_factor(ScheduleConfig(warmup_steps=0, total_steps=60), 30, 30) == pytest.approx(0.55)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup_steps": -1}, {"decay_steps": -1}, {"final_fraction": 1.5}])
+def test_a_fall_longer_than_the_run_starts_after_the_warm_up_without_a_jump():
+    config = ScheduleConfig(kind="wsd", warmup_steps=10, final_fraction=0.0, decay_steps=500)
+    factors = [learning_rate_factor(config, step, 50) for step in range(10, 51)]
+    assert factors[0] == 1.0
+    assert factors[20] == pytest.approx(0.5)
+    assert factors[-1] == 0.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"warmup_steps": -1}, {"decay_steps": -1}, {"final_fraction": 1.5}, {"total_steps": 0}]
+)
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(PretrainError, match=rf"schedule\.{next(iter(wrong))} is "):
         ScheduleConfig(**wrong)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from triweave.data_pipeline.errors import DataError
-from triweave.pretrain.errors import CheckpointError
+from triweave.pretrain.errors import CheckpointError, PretrainError
+from triweave.pretrain.world import open_world
 
 THIS = Path(__file__)
 
@@ -31,6 +32,14 @@ def agreements(world) -> dict[str, object]:
             found[name] = (type(raised).__name__, str(raised)[:40], raised.__notes__)
     found["together"] = world.together(lambda: world.rank * 10)
     return found
+
+
+def test_half_a_launcher_environment_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(PretrainError, match="RANK is set but LOCAL_RANK is not"):
+        open_world("cpu")
 
 
 def test_errors_and_stops_reach_every_rank(rank_pool):

@@ -32,6 +32,8 @@ class Modality:
         damaged or are not what `info` says.
     features: values of one token.
     dtype: of the decoded array.
+    check: (bytes, info); reads all that `decode` would and raises MediaError where it is damaged; for media that go
+        into shards as they are. None: the header is all there is to check.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Modality:
     decode: Callable[[bytes, MediaInfo, MediaGeometry], npt.NDArray[Any]]
     features: Callable[[MediaGeometry], int]
     dtype: np.dtype[Any]
+    check: Callable[[bytes, MediaInfo], object] | None = None
 
 
 def decode_image(data: bytes, info: MediaInfo, geometry: MediaGeometry) -> npt.NDArray[np.uint8]:
@@ -78,6 +81,7 @@ MODALITIES: dict[str, Modality] = {
         decode=decode_image,
         features=lambda geometry: geometry.image_patch_px**2 * 3,
         dtype=np.dtype(np.uint8),
+        check=lambda data, _: images.decode_rgb(data),
     ),
     "audio": Modality(
         name="audio",
@@ -88,6 +92,7 @@ MODALITIES: dict[str, Modality] = {
         decode=decode_audio,
         features=lambda geometry: geometry.audio_frames_per_token * geometry.audio_mel_bins,
         dtype=np.dtype(np.float32),
+        check=lambda data, info: audio.decode_mono(data, info.rate, expected=info),
     ),
 }
 

@@ -54,8 +54,11 @@ class MediaEncoder:
     def encode(self, modality: str, data: bytes) -> MediaPart:
         """Return the part made of encoded media bytes.
 
+        Media that are kept as they are get decoded once, so that a cut file fails here with its row, not in training.
+
         Raises MediaError for an unknown modality and for bytes that are not what they should be.
         """
+        original = data
         if modality not in MODALITIES:
             raise MediaError(f"unknown modality {modality!r}: known are {', '.join(MODALITIES)}")
         if modality == "image" and self.options.image_max_side_px is not None:
@@ -63,6 +66,9 @@ class MediaEncoder:
         elif modality == "audio" and self.options.audio_rate_hz is not None:
             data = audio.reencode_flac(data, self.options.audio_rate_hz)
         info, extension, mime = MODALITIES[modality].probe(data)
+        check = MODALITIES[modality].check
+        if check is not None and data is original:
+            check(data, info)
         return media_part(modality, data, extension, mime, info)
 
     def encode_file(

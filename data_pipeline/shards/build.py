@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -121,7 +121,7 @@ def build(
             ) from None
         finally:
             assembler.close()
-        shutil.rmtree(work)
+        _remove_work_folder(out)
     return manifest
 
 
@@ -186,8 +186,22 @@ def _finished(out: Path, fingerprint: dict[str, Any], overwrite: bool) -> Manife
     _refuse_other(out, "finished", manifest.build, fingerprint)
     for shard in manifest.shards:
         require_size(out, shard)
-    shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)  # a kill between the manifest and the clean-up leaves it
+    _remove_work_folder(out)  # a kill between the manifest and the clean-up leaves it
     return manifest
+
+
+def _remove_work_folder(out: Path) -> None:
+    """Take `OUT/.build` out of reach, then delete it: a worker of a killed build may live a moment longer, and write.
+
+    What cannot be deleted is no part of the finished folder; the next run tries again.
+    """
+    removed = out / f"{BUILD_FOLDER}-removed"
+    with suppress(OSError):
+        if removed.exists():
+            shutil.rmtree(removed)
+        if (out / BUILD_FOLDER).exists():
+            (out / BUILD_FOLDER).rename(removed)
+            shutil.rmtree(removed)
 
 
 def _refuse_other(out: Path, state: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ class ChunkEncoder:
 
     def __init__(self, job: ChunkJob, stop: Event | None = None) -> None:
         cache_folder = job.folder / "media"
-        cache_folder.mkdir(parents=True, exist_ok=True)
+        cache_folder.mkdir(exist_ok=True)  # no parents: a worker of a killed build must not bring them back
         self._job = job
         root = job.source.root
         self._place = f"{root if root.is_dir() else root.parent}{os.sep}"  # where a corpus lies is not in its ledger

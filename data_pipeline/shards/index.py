@@ -100,8 +100,4 @@ def read_index(manifest: Manifest, shard_number: int, columns: Sequence[str] | N
         raise ShardMissingError(f"{path} is missing: restore it, or build the shards again") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise ShardDamagedError(f"{path} is damaged ({error}): {advice}") from None
-    if table.num_rows != manifest.shards[shard_number].samples:
-        raise ShardDamagedError(
-            f"{path} has {table.num_rows} samples, the manifest says {manifest.shards[shard_number].samples}: {advice}"
-        )
     return table

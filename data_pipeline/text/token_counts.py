@@ -86,7 +86,7 @@ def read_token_counts(manifest: Manifest, shard_number: int, tokenizer_hash: str
     path = token_counts_path(manifest, shard_number, tokenizer_hash)
     advice = f"run `triweave tokenize {manifest.root} --tokenizer FILE`"
     try:
-        table = pq.ParquetFile(path).read(use_threads=False)
+        table = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
     except FileNotFoundError:
         raise DataError(f"no token counts for tokenizer {tokenizer_hash[:16]} at {path}: {advice}") from None
     except (pa.ArrowException, OSError) as error:
@@ -95,6 +95,8 @@ def read_token_counts(manifest: Manifest, shard_number: int, tokenizer_hash: str
         manifest, shard_number, tokenizer_hash
     ):
         raise DataError(f"token counts {path} belong to other shards or another tokenizer: {advice}")
+    if table.num_rows != manifest.shards[shard_number].samples:  # the footer has no checksum
+        raise DataError(f"token counts {path} are damaged (not as many as samples): {advice}")
     return table
 
 
@@ -138,7 +140,7 @@ def _write_shard(manifest: Manifest, tokenizer: Tokenizer, shard_number: int) ->
     path = token_counts_path(manifest, shard_number, tokenizer.hash)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
             for keys, part_tokens in _count(read_texts(manifest, shard_number), tokenizer):
                 writer.write_table(pa.table([keys, pa.array(part_tokens, pa.list_(pa.int32()))], schema=schema))
         with open(temporary, "rb") as file:

@@ -19,6 +19,7 @@ import pytest
 
 from triweave.data_pipeline.errors import BuildError, SourceError
 from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build, build_order
+from triweave.data_pipeline.shards.chunks import ChunkEncoder, ChunkJob
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.ledger import read_ledger
 from triweave.data_pipeline.shards.manifest import Manifest
@@ -117,6 +118,26 @@ def session_processes(session: int) -> list[int]:
         if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(status.parent.name))
     return found
+
+
+def test_a_worker_that_outlives_its_build_a_moment_leaves_no_trace(
+    numbers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another run has finished, it neither brings the work folder back nor writes there while it goes."""
+    out = tmp_path / "shards"
+    straggler = ChunkJob(source=numbers.NumberSource(), media=MediaOptions(), folder=out / ".build")
+    plain = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            (out / ".build" / "00000009.tar.1.tmp").touch()
+        plain(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    build(numbers.NumberSource(rows_total=100), out, BuildOptions())
+    with pytest.raises(FileNotFoundError):
+        ChunkEncoder(straggler)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
 def test_an_interrupt_ends_soon_and_keeps_what_is_done(expected: Path, tmp_path: Path) -> None:

@@ -138,6 +138,21 @@ def test_damage_is_an_error_not_a_wrong_number(manifest, model):
             read_token_counts(manifest, 0, tokenizer_hash)
 
 
+def test_no_flipped_byte_gives_other_counts(manifest, model):
+    """Parquet's pages carry no checksum unless asked; a flip may decompress to other numbers."""
+    write_token_counts(manifest, model)
+    tokenizer = Tokenizer.load(model)
+    path = token_counts_path(manifest, 0, tokenizer.hash)
+    whole = path.read_bytes()
+    expected = read_token_counts(manifest, 0, tokenizer.hash)
+    for offset in range(len(whole)):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
+        try:
+            assert read_token_counts(manifest, 0, tokenizer.hash).equals(expected), f"byte {offset}"
+        except DataError:
+            continue
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(manifest, model, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

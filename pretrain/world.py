@@ -101,10 +101,12 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
-        raise PretrainError(
+        half = PretrainError(
             f"RANK is set but {missing[0]} is not; start ranks with `triweave launch` or `deepspeed`, or unset RANK to "
             "train in this process alone"
         )
+        half.add_note(ALONE)
+        raise half
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         too_many = PretrainError(

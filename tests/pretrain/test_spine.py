@@ -193,10 +193,19 @@ def test_users_errors_are_one_line_and_exit_code_2(run_config, monkeypatch, caps
 def test_a_rank_without_a_device_says_so_itself(run_config, monkeypatch, capsys):
     """Other ranks have their devices and wait for it: rank 0 cannot speak for them."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     assert main([str(run_config), "train.device=cuda"]) == 2
     assert "local rank 1 has no CUDA device, there are 1; start fewer ranks" in capsys.readouterr().err
+
+
+def test_a_rank_of_half_a_launcher_says_so_itself(run_config, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main([str(run_config)]) == 2
+    assert "RANK is set but WORLD_SIZE is not; start ranks with" in capsys.readouterr().err
 
 
 def test_a_run_dir_that_cannot_be_written_ends_all(train, tmp_path):

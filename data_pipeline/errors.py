@@ -8,6 +8,7 @@ DataError
 ├── FetchError          a corpus cannot be had
 ├── BuildError          the build cannot start or continue here
 ├── MediaError          the bytes of a media item are damaged, too large, or of a kind that is not read
+├── PromptError         a prompt or the file that holds prompts does not have the shape of one
 ├── TokenizerError      a tokenizer cannot be trained or used as asked
 ├── ConfigError         the data config asks for something that does not exist or cannot be
 ├── StateError          a saved stream state cannot be continued with this config
@@ -46,6 +47,10 @@ class BuildError(DataError):
 
 class MediaError(DataError):
     """The bytes of a media item are damaged, too large, or of a kind that is not read."""
+
+
+class PromptError(DataError):
+    """A prompt, or the file that holds prompts, does not have the shape of one."""
 
 
 class TokenizerError(DataError):

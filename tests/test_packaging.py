@@ -95,6 +95,7 @@ def test_the_wheel_holds_only_triweave(sources: Path, tmp_path: Path) -> None:
     assert code <= set(names)
     assert {f"triweave/{folder}/py.typed" for folder in FOLDERS} <= set(names)
     assert "triweave/launch/configs/demo_cpu.yaml" in names
+    assert "triweave/launch/report/page.html.j2" in names
     assert [name for name in names if name.endswith("__init__.py")] == []
 
 
@@ -141,14 +142,16 @@ def direct_requirements() -> list[str]:
     return requirement_names(found)
 
 
-def stated_licence(name: str) -> str | None:
+def stated_licence(package: str) -> str | None:
     """Return the licence that an installed package's metadata states, None where it is not installed or states none."""
     try:
-        metadata = importlib.metadata.metadata(name)
+        metadata = importlib.metadata.metadata(package)
     except importlib.metadata.PackageNotFoundError:
         return None
     classifiers = [item for item in metadata.get_all("Classifier") or [] if item.startswith("License ::")]
-    return metadata.get("License-Expression") or metadata.get("License") or next(iter(classifiers), None)
+    name_or_text = metadata.get("License") or ""  # some packages put the whole text there
+    name = None if "\n" in name_or_text else name_or_text
+    return metadata.get("License-Expression") or name or next(iter(classifiers), None)
 
 
 def same_licence(one: str, other: str) -> bool:

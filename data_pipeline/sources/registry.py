@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from triweave.data_pipeline.sources.asterisk import AsteriskSource
 from triweave.data_pipeline.sources.base import Source
+from triweave.data_pipeline.sources.emoji import EmojiSource
 from triweave.data_pipeline.sources.folder import FolderSource
 from triweave.data_pipeline.sources.manifest import ManifestSource
 from triweave.data_pipeline.sources.tuxpaint import TuxPaintSource
@@ -12,6 +14,8 @@ from triweave.data_pipeline.sources.webdataset import WebDatasetSource
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "tuxpaint": TuxPaintSource,
+    "asterisk": AsteriskSource,
+    "emoji": EmojiSource,
     "folder": FolderSource,
     "manifest": ManifestSource,
     "webdataset": WebDatasetSource,

@@ -7,8 +7,9 @@
     <stem>.ogg|wav                           a sound effect; with the picture and the English caption, a document too
     <stem>_LANG.ogg                          the effect in a language (spoken digits): filtered
 
-Part order: only text is supervised, so with one fixed order either speech would earn no loss or no text would stand
-alone. `mixed` deals the orders by a stable hash of the document id; `canonical` is picture, caption, speech.
+Concepts (labels `group` and `split`): stems that share an English caption, the text or the bytes of a spoken caption,
+or the bytes of a picture or effect are one, over the whole corpus, whatever is built of it.
+Part order: see `part_order`; `canonical` is picture, caption, speech.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
-
-import xxhash
+from typing import Any
 
 from triweave.data_pipeline.errors import SourceError
 from triweave.data_pipeline.media import images
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document, Part, TextPart
 from triweave.data_pipeline.sources.base import Row, require_folder, walk_files
+from triweave.data_pipeline.sources.concepts import file_key, group_labels, text_keys
+from triweave.data_pipeline.sources.part_order import (
+    PICTURE_AND_CAPTION,
+    PICTURE_CAPTION_AND_SPEECH,
+    PartOrder,
+    deal_order,
+    require_part_order,
+)
+from triweave.data_pipeline.splits import group_rows
 
-PartOrder = Literal["mixed", "canonical"]
 SOURCE = {"corpus": "tuxpaint-stamps", "license": "GPL-2.0-or-later"}
 SVG_SIDE_PX = 512
 """Longer side of rendered SVGs when pictures keep their size."""
@@ -39,8 +46,7 @@ _CAPTION_LINE = re.compile(r"(?P<language>[A-Za-z_@]+)\.utf8=(?P<caption>.*)")
 _SPEECH = re.compile(r"(?P<stem>.+)_desc(?:_(?P<language>[A-Za-z_@]+))?\.(?:ogg|wav)")
 _VARIANT = re.compile(r".*_(?:mirror|flip)(?:_.*)?")
 _SOUND_SUFFIXES = (".ogg", ".wav")
-_WITH_SPEECH = ("image speech caption", "speech caption image", "image caption speech")
-_WITHOUT_SPEECH = ("image caption", "image caption", "image caption", "caption image")
+_STEM_SUFFIXES = (".png", ".svg", *_SOUND_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,15 @@ class _File:
         return [self.path, self.size]
 
 
+@dataclass(frozen=True)
+class _Stem:
+    """One stamp: its captions by language, and its concept."""
+
+    name: str
+    captions: dict[str, str]
+    group: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuxPaintSource:
     """The stamps of Tux Paint.
@@ -61,7 +76,7 @@ class TuxPaintSource:
     languages: keep only these; empty keeps all. Sound effects count as English.
     speech, effects: whether clips are used; without speech its documents become picture and caption.
     svg: render pictures that exist as SVG alone (needs the extra `svg`); otherwise their rows are filtered.
-    part_order: see the module's docstring.
+    part_order: `mixed` or `canonical`, see `triweave.data_pipeline.sources.part_order`.
     """
 
     root: Path
@@ -76,8 +91,7 @@ class TuxPaintSource:
         """Refuse an unknown part order, and SVG without its renderer."""
         if self.svg and importlib.util.find_spec("resvg_py") is None:
             raise SourceError("--svg needs the package resvg-py: install it with `pip install 'triweave[svg]'`")
-        if self.part_order not in get_args(PartOrder):
-            raise SourceError(f"part order {self.part_order!r}: allowed are {', '.join(get_args(PartOrder))}")
+        require_part_order(self.part_order)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,28 +118,43 @@ class TuxPaintSource:
             raise SourceError(f"--input {self.root}: no stamps in it (no .txt files); run `triweave fetch tuxpaint`")
         used: set[str] = set()
         speech = _speech_clips(files)
-        for path in files:
-            stem, suffix = str(PurePosixPath(path).with_suffix("")), PurePosixPath(path).suffix
-            if suffix == ".txt":
-                yield from self._stem_rows(stem, files, speech, used)
+        stems = {
+            path.removesuffix(".txt"): _captions((self.stamps / path).read_bytes())
+            for path in files
+            if path.endswith(".txt")
+        }
+        keys = [self._concept_keys(stem, captions, files, speech) for stem, captions in stems.items()]
+        for (stem, captions), group in zip(stems.items(), group_rows(keys), strict=True):
+            yield from self._stem_rows(_Stem(stem, captions, group), files, speech, used)
         for path in files:
             reason = _why_unused(path, files) if path not in used else None
             if reason is not None:
                 yield Row(id=f"file:{path}", recipe=files[path].recipe, filtered=reason)
 
+    def _concept_keys(
+        self, stem: str, captions: dict[str, str], files: dict[str, _File], speech: dict[str, dict[str, str]]
+    ) -> list[str]:
+        """Return the keys of a stem for `group_rows`, whatever the options leave out."""
+        clips = speech.get(stem, {})
+        spoken = [caption for language, caption in captions.items() if language.lower() in clips]
+        media = [path for suffix in _STEM_SUFFIXES if (path := f"{stem}{suffix}") in files]
+        content = [file_key(self.stamps / path) for path in (*media, *clips.values())]
+        return [f"stem:{stem}", *text_keys(captions[_ENGLISH], *spoken), *content]
+
     def _stem_rows(
-        self, stem: str, files: dict[str, _File], speech: dict[str, dict[str, str]], used: set[str]
+        self, whole: _Stem, files: dict[str, _File], speech: dict[str, dict[str, str]], used: set[str]
     ) -> Iterator[Row]:
+        stem, captions = whole.name, whole.captions
         picture = files.get(f"{stem}.png") or files.get(f"{stem}.svg")
         used.update((f"{stem}.png", f"{stem}.svg"))
         no_picture = _picture_problem(picture, self.svg)
         clips = speech.get(stem, {})
-        captions = _captions((self.stamps / f"{stem}.txt").read_bytes())
+        same = {"picture": picture and picture.recipe, "stem": stem, "group": whole.group}
         first_with: dict[str, str] = {}
         for language, caption in captions.items():
             clip = clips.get(language.lower())
             used.update([clip] if clip else [])
-            recipe = {"picture": picture and picture.recipe, "stem": stem, "language": language, "caption": caption}
+            recipe = {**same, "language": language, "caption": caption}
             if self.speech and clip:
                 recipe["speech"] = files[clip].recipe
             reason = no_picture or ("no caption" if not caption else self._language_problem(language))
@@ -136,8 +165,7 @@ class TuxPaintSource:
         effect = next((clip for suffix in _SOUND_SUFFIXES if (clip := f"{stem}{suffix}") in files), None)
         if effect is not None:
             used.add(effect)
-            recipe = {"picture": picture and picture.recipe, "stem": stem, "language": _ENGLISH}
-            recipe |= {"caption": captions[_ENGLISH], "effect": files[effect].recipe}
+            recipe = {**same, "language": _ENGLISH, "caption": captions[_ENGLISH], "effect": files[effect].recipe}
             off = None if self.effects else "sound effects are switched off"
             reason = no_picture or off or self._language_problem(_ENGLISH)
             yield Row(id=f"{stem}:{_EFFECT}", recipe=recipe, filtered=reason)
@@ -163,6 +191,7 @@ class TuxPaintSource:
             "language": recipe["language"],
             "stem": recipe["stem"],
             "kind": kind,
+            **group_labels(recipe["group"]),
         }
         order = part_order(row.id, kind, self.part_order)
         return Document(id=row.id, parts=tuple(parts[name] for name in order), source=dict(SOURCE), labels=labels)
@@ -185,8 +214,7 @@ def part_order(document_id: str, kind: str, order: PartOrder) -> tuple[str, ...]
         return ("image", _EFFECT, "caption")
     if order == "canonical":
         return ("image", "caption", "speech") if kind == "speech" else ("image", "caption")
-    orders = _WITH_SPEECH if kind == "speech" else _WITHOUT_SPEECH
-    return tuple(orders[xxhash.xxh3_64_intdigest(document_id.encode()) % len(orders)].split())
+    return deal_order(document_id, PICTURE_CAPTION_AND_SPEECH if kind == "speech" else PICTURE_AND_CAPTION)
 
 
 def _speech_clips(files: dict[str, _File]) -> dict[str, dict[str, str]]:

@@ -3,15 +3,20 @@
 examples:
   triweave build --source tuxpaint --input corpora/tuxpaint --out shards/tuxpaint --workers 4 \\
       --audio-rate 16000 --image-max-side 128
+  triweave build --source asterisk --input corpora/asterisk --out shards/asterisk --language en,fr --audio-rate 16000
+  triweave build --source emoji --input corpora/emoji --out shards/emoji
   triweave build --source folder --input photos --out shards/photos
   triweave build --source manifest --input rows.parquet --out shards/rows --shard-size-mb 512
   triweave build --source webdataset --input old-tars --out shards/rebuilt --json
 
 inputs:
-  tuxpaint     the folder that `triweave fetch tuxpaint` wrote
+  tuxpaint     the folder that `triweave fetch tuxpaint` wrote; asterisk, emoji: likewise
   folder       media files; files of one stem make a document, with text from .txt or .json
   manifest     a .parquet or .jsonl file of rows: id, parts (with paths or bytes), labels, source
   webdataset   plain .tar files of any WebDataset, also Triweave's own
+
+Documents of tuxpaint, asterisk and emoji carry the labels `group` (their concept) and `split` (train, validation,
+test), which depend on the whole corpus, not on the options.
 
 OUT/ledger.parquet says what became of every input row: kept, filtered, failed or duplicate.
 """
@@ -58,12 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-duplicates", action="store_true", help="keep documents that are exact copies")
     parser.add_argument("--overwrite", action="store_true", help="remove the shards that are in the way")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    stamps = parser.add_argument_group("only with --source tuxpaint")
-    stamps.add_argument("--language", metavar="CODES", help="keep only these languages, for example de,fr,pt_BR")
-    stamps.add_argument("--no-speech", action="store_true", help="leave spoken captions out")
-    stamps.add_argument("--no-effects", action="store_true", help="leave sound effects out")
-    stamps.add_argument("--svg", action="store_true", help="render pictures that exist as SVG alone (extra `svg`)")
-    stamps.add_argument("--part-order", choices=("mixed", "canonical"), help="order of the parts (default mixed)")
+    some = parser.add_argument_group("only with some sources")
+    some.add_argument(
+        "--language",
+        metavar="CODES",
+        help="keep only these languages, for example de,fr,pt_BR (tuxpaint) or en,it (asterisk)",
+    )
+    some.add_argument("--no-speech", action="store_true", help="leave spoken captions out (tuxpaint, emoji)")
+    some.add_argument("--no-effects", action="store_true", help="leave sound effects out (tuxpaint)")
+    some.add_argument(
+        "--svg", action="store_true", help="render pictures that exist as SVG alone (tuxpaint; extra `svg`)"
+    )
+    some.add_argument(
+        "--part-order",
+        choices=("mixed", "canonical"),
+        help="order of the parts, default mixed (tuxpaint, asterisk, emoji)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,17 +108,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _source(arguments: argparse.Namespace) -> Source:
     """Return the source, refusing options that belong to another one."""
     given: dict[str, Any] = {}
-    for option, name, value in (
-        ("--language", "languages", tuple(filter(None, (arguments.language or "").split(",")))),
-        ("--no-speech", "speech", False if arguments.no_speech else None),
-        ("--no-effects", "effects", False if arguments.no_effects else None),
-        ("--svg", "svg", arguments.svg or None),
-        ("--part-order", "part_order", arguments.part_order),
+    languages = tuple(filter(None, (arguments.language or "").split(",")))
+    for option, name, value, sources in (
+        ("--language", "languages", languages, ("tuxpaint", "asterisk")),
+        ("--no-speech", "speech", False if arguments.no_speech else None, ("tuxpaint", "emoji")),
+        ("--no-effects", "effects", False if arguments.no_effects else None, ("tuxpaint",)),
+        ("--svg", "svg", arguments.svg or None, ("tuxpaint",)),
+        ("--part-order", "part_order", arguments.part_order, ("tuxpaint", "asterisk", "emoji")),
     ):
         if not value and value is not False:
             continue
-        if arguments.source != "tuxpaint":
-            raise SourceError(f"{option} belongs to --source tuxpaint, not to {arguments.source}: leave it out")
+        if arguments.source not in sources:
+            raise SourceError(
+                f"{option} belongs to --source {', '.join(sources)}, not to {arguments.source}: leave it out"
+            )
         given[name] = value
     return SOURCES[arguments.source](root=arguments.input, **given)
 

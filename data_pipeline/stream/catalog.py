@@ -5,28 +5,37 @@ A document is laid out as tokens:
     [bos] part part ... [eos]     text part: its tokens     media part: start marker, then t * h * w placeholders
 
 Media parts that no pack can hold are left out of their document, with a reason; so are parts of modalities that are not
-registered or have no marker in the tokenizer. A document with nothing left is left out itself.
+registered or have no marker in the tokenizer. A document with nothing left is left out itself, and so are samples
+outside of the source's split or in its held-out fold.
+
+Contrastive losses need parts alone: of a document with two or more modalities, the first part of each as a segment of
+its own, `[bos] part [eos]`, all of them in one row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from triweave.data_pipeline.config import SourceConfig
 from triweave.data_pipeline.errors import DataError
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.media.modalities import MODALITIES, Modality, grids
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.stream.selection import exchanged_media, outside_of, read_labels
 from triweave.data_pipeline.text.token_counts import read_token_counts
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 MEDIA_OVERHEAD_TOKENS = 3
 """Tokens beside the placeholders that a piece with one media item may need: its start marker, bos and eos."""
+SEGMENT_OVERHEAD_TOKENS = 2
+"""Tokens beside its part that a one-span segment needs: bos and eos."""
 EMPTY_DOCUMENT = "document without tokens"
 UNKNOWN_MODALITY = "part of a modality that is not registered or that the tokenizer has no marker for"
 _UNKNOWN = -1
@@ -48,6 +57,7 @@ class ShardCatalog:
     part_starts: [n + 1] where each sample's parts begin in the part columns.
     part_kinds: [P] modality id, 0 text.
     part_offsets, part_sizes: [P] byte range of a media part.
+    part_owners: [P] number of the sample whose bytes hold each part; None where all parts are in their own sample.
     part_infos: [P, 4] width, height, samples, rate.
     part_grids: [P, 3] token grid of a media part, zeros for text.
     part_tokens: [P] text tokens, or placeholders; 0 for parts that are left out.
@@ -55,7 +65,7 @@ class ShardCatalog:
     part_budgets: [P, D] use of each budget of a pack, tokens first.
     sample_budgets: [n, D] the same for whole documents with bos and eos; all zero where nothing is left.
     sample_modality_tokens: [n, M] tokens by modality, in the order of `modality_names`.
-    left_out: for each of `reasons`, [n] how many parts of each sample (or the sample itself) are left out for it.
+    left_out: reason -> [n] how many parts of each sample (or the sample itself) are left out for it.
     """
 
     tar: str
@@ -69,6 +79,7 @@ class ShardCatalog:
     part_kinds: npt.NDArray[np.int8]
     part_offsets: npt.NDArray[np.int64]
     part_sizes: npt.NDArray[np.int64]
+    part_owners: npt.NDArray[np.int64] | None
     part_infos: npt.NDArray[np.int64]
     part_grids: npt.NDArray[np.int32]
     part_tokens: npt.NDArray[np.int64]
@@ -76,14 +87,38 @@ class ShardCatalog:
     part_budgets: npt.NDArray[np.int64]
     sample_budgets: npt.NDArray[np.int64]
     sample_modality_tokens: npt.NDArray[np.int64]
-    left_out: list[npt.NDArray[np.int64]]
-    reasons: list[str]
+    left_out: dict[str, npt.NDArray[np.int64]]
 
     @cached_property
     def key_list(self) -> list[str]:
         """The keys as Python strings."""
         keys: list[str] = self.keys.to_pylist()
         return keys
+
+    @cached_property
+    def alone_parts(self) -> npt.NDArray[np.int64]:
+        """[n, M] the first part of each modality in each sample, by its place in the part columns; -1 without.
+
+        All -1 for samples with parts of fewer than two modalities. In the order of `modality_names`.
+        """
+        owners = np.repeat(np.arange(len(self.sizes)), np.diff(self.part_starts))
+        ids = [0, *(modality.id for modality in MODALITIES.values())]
+        result = np.full((len(self.sizes), len(ids)), -1, np.int64)
+        for column, modality_id in enumerate(ids):
+            places = np.flatnonzero((self.part_kinds == modality_id) & (self.part_lengths > 0))
+            samples, first = np.unique(owners[places], return_index=True)
+            result[samples, column] = places[first]
+        result[(result >= 0).sum(axis=1) < 2] = -1
+        return result
+
+    @cached_property
+    def alone_budgets(self) -> npt.NDArray[np.int64]:
+        """[n, D] use of each budget by a sample's segments together; zeros without any."""
+        chosen = self.alone_parts >= 0
+        uses = np.where(chosen[:, :, None], self.part_budgets[np.where(chosen, self.alone_parts, 0)], 0)
+        budgets: npt.NDArray[np.int64] = uses.sum(axis=1)
+        budgets[:, 0] += SEGMENT_OVERHEAD_TOKENS * chosen.sum(axis=1)
+        return budgets
 
 
 def modality_names() -> list[str]:
@@ -97,11 +132,18 @@ def usable_modalities(tokenizer: Tokenizer) -> dict[str, Modality]:
 
 
 def load_shard_catalog(
-    manifest: Manifest, shard: int, *, tokenizer: Tokenizer, geometry: MediaGeometry, caps: dict[str, int]
+    manifest: Manifest,
+    shard: int,
+    *,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    geometry: MediaGeometry,
+    caps: dict[str, int],
 ) -> ShardCatalog:
-    """Read the index and the token counts of one shard.
+    """Read the index and the token counts of one shard, and select from it what `source` asks for.
 
-    Raises DataError where the index or the counts are missing, and where the two do not fit together.
+    Raises DataError where the index or the counts are missing, where the two do not fit together, and where samples
+    have no label to select by.
     """
     index = read_index(manifest, shard, columns=[*_SAMPLE_COLUMNS, "part_modality", *_PART_COLUMNS])
     counts = read_token_counts(manifest, shard, tokenizer.hash)
@@ -114,18 +156,15 @@ def load_shard_catalog(
             "run `triweave tokenize` again"
         )
     columns = {name: _ragged(index[name])[1] for name in _PART_COLUMNS}
+    owner = np.repeat(np.arange(index.num_rows), np.diff(part_starts))
+    selected = _select(source, manifest, shard, kinds, owner)
+    if selected.taken is not None:
+        columns = {name: column[selected.taken] for name, column in columns.items()}
     infos = np.stack([columns[f"part_{name}"] for name in ("width", "height", "samples", "rate")], axis=1)
     part_grids = _part_grids(kinds, infos, usable, geometry)
     tokens = np.where(kinds == 0, text_tokens, part_grids.astype(np.int64).prod(axis=1))
     budgets = _budgets(kinds, tokens, infos, list(caps))
-    reason_of_part, reasons = _reasons(kinds, budgets, caps)
-    dropped = reason_of_part >= 0
-    tokens[dropped] = 0
-    budgets[dropped] = 0
-    sample_budgets = _sum_by(budgets, part_starts)
-    empty = sample_budgets[:, 0] == 0
-    sample_budgets[~empty, 0] += 2
-    owner = np.repeat(np.arange(len(empty)), np.diff(part_starts))
+    sample_budgets, left_out = _leave_out(kinds, tokens, budgets, part_starts, caps, selected)
     return ShardCatalog(
         tar=str(manifest.tar_path(shard)),
         keys=index["key"],
@@ -138,6 +177,7 @@ def load_shard_catalog(
         part_kinds=kinds,
         part_offsets=columns["part_offset"],
         part_sizes=columns["part_size"],
+        part_owners=None if selected.taken is None else owner[selected.taken],
         part_infos=infos,
         part_grids=part_grids,
         part_tokens=tokens,
@@ -145,10 +185,32 @@ def load_shard_catalog(
         part_budgets=budgets,
         sample_budgets=sample_budgets,
         sample_modality_tokens=_modality_tokens(kinds, tokens, part_starts, sample_budgets[:, 0]),
-        left_out=[np.bincount(owner[reason_of_part == number], minlength=len(empty)) for number in range(len(reasons))]
-        + [empty.astype(np.int64)],
-        reasons=[*reasons, EMPTY_DOCUMENT],
+        left_out=left_out,
     )
+
+
+class _Selected(NamedTuple):
+    """taken: [P] the part whose medium each part takes. outside: [n] samples left out, for `reason`. None: as built."""
+
+    taken: npt.NDArray[np.int64] | None
+    outside: npt.NDArray[np.bool_] | None
+    reason: str
+
+
+def _select(
+    source: SourceConfig, manifest: Manifest, shard: int, kinds: npt.NDArray[np.int8], owner: npt.NDArray[np.int64]
+) -> _Selected:
+    """Return what the source's split, held-out fold and exchange of media make of a shard."""
+    selects = source.split is not None or source.hold_out is not None
+    if not selects and source.shuffle_pairs is None:
+        return _Selected(None, None, "")
+    labels = read_labels(manifest, shard)
+    outside, reason = outside_of(source, manifest, shard, labels)
+    taken = None
+    if source.shuffle_pairs is not None:
+        hashes = _combined(read_index(manifest, shard, ["part_xxh3"])["part_xxh3"]).flatten().to_numpy()
+        taken = exchanged_media(source, shard, kinds=kinds, owners=owner, hashes=hashes, labels=labels, outside=outside)
+    return _Selected(taken, outside if selects else None, reason)
 
 
 def _ragged(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -232,6 +294,37 @@ def _budgets(
         "audio_ms": np.where(audio, -(-infos[:, 2] * 1000 // rate), 0),
     }
     return np.stack([columns[name] for name in names], axis=1).astype(np.int64)
+
+
+def _leave_out(
+    kinds: npt.NDArray[np.int8],
+    tokens: npt.NDArray[np.int64],
+    budgets: npt.NDArray[np.int64],
+    part_starts: npt.NDArray[np.int64],
+    caps: dict[str, int],
+    selected: _Selected,
+) -> tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[np.int64]]]:
+    """Zero `tokens` and `budgets` of what is left out; return the samples' budgets and, by reason, their counts."""
+    owner = np.repeat(np.arange(len(part_starts) - 1), np.diff(part_starts))
+    reason_of_part, reasons = _reasons(kinds, budgets, caps)
+    dropped = reason_of_part >= 0
+    if selected.outside is not None:
+        reason_of_part[selected.outside[owner]] = -1
+        dropped |= selected.outside[owner]
+    tokens[dropped] = 0
+    budgets[dropped] = 0
+    sample_budgets = _sum_by(budgets, part_starts)
+    empty = sample_budgets[:, 0] == 0
+    sample_budgets[~empty, 0] += 2
+    left_out = {
+        reason: np.bincount(owner[reason_of_part == number], minlength=len(empty))
+        for number, reason in enumerate(reasons)
+    }
+    if selected.outside is not None:
+        empty &= ~selected.outside
+        left_out[selected.reason] = selected.outside.astype(np.int64)
+    left_out[EMPTY_DOCUMENT] = empty.astype(np.int64)
+    return sample_budgets, left_out
 
 
 def _reasons(

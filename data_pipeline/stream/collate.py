@@ -7,6 +7,9 @@ A piece is a list of runs, text and media in turn. With o the offset of a token 
                t0 of the next run is one past the largest coordinate; every piece starts at 0
     kv interval   text: [piece start, own position + 1)     media: [piece start, end of its run)
     supervised    the next token is in the same piece and is no placeholder
+
+In a one-span segment (a piece with `alone`) every token sees the whole segment and all its media, and none is
+supervised.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from triweave.data_pipeline.batch import PADDING_ID, PackedBatch, Payload
+from triweave.data_pipeline.batch import PADDING_ID, PackedBatch, Payload, Segments
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.catalog import modality_names
 from triweave.data_pipeline.stream.content import Piece
@@ -72,8 +75,9 @@ def collate(
     flat = row * S + place
     modality = runs.modality[run]
     is_media = modality > 0
-    piece_start = runs.first[runs.piece_first[run]] - row_first[row]
-    run_end = runs.first[run] + runs.length[run] - row_first[row]
+    alone = np.asarray([piece.alone is not None for piece in pieces], bool)
+    in_segment = alone[runs.piece[run]]
+    kv_lo, kv_hi = _sees(runs, run, place, row_first[row], is_media, in_segment)
     tokens = np.concatenate([piece.tokens for piece in pieces]) if pieces else np.empty(0, np.int32)
 
     def scatter(values: npt.NDArray[Any], empty: int, dtype: Any) -> npt.NDArray[Any]:
@@ -81,9 +85,9 @@ def collate(
         result[flat] = values
         return result.reshape(B, S, *values.shape[1:])
 
-    media_axis = _media_axis(runs, run, row, place, is_media, modality, B)
+    media_axis = _media_axis(runs, run, row, place, is_media, modality, in_segment, B)
     piece_of_row = runs.piece - np.searchsorted(row_of_piece, np.arange(B))[runs.row]
-    supervised = _supervised(runs, run, is_media)
+    supervised = _supervised(runs, run, is_media | in_segment)
     weight = np.asarray([piece.weight for piece in pieces], np.float32)
     plan_rows = np.asarray([row.plan_row for row in rows], np.int64)
     return PackedBatch(
@@ -92,8 +96,8 @@ def collate(
         document_ids=scatter(piece_of_row[run], -1, np.int32),
         span_ids=scatter(np.where(is_media, runs.span[run], -1), -1, np.int32),
         positions=scatter(_positions(runs, run, token), 0, np.int32),
-        kv_lo=scatter(piece_start, 0, np.int32),
-        kv_hi=scatter(np.where(is_media, run_end, place + 1), 0, np.int32),
+        kv_lo=scatter(kv_lo, 0, np.int32),
+        kv_hi=scatter(kv_hi, 0, np.int32),
         media_index=media_axis.positions,
         media_lo=scatter(media_axis.lo, 0, np.int32),
         media_hi=scatter(media_axis.hi, 0, np.int32),
@@ -107,6 +111,7 @@ def collate(
         planned_tokens=_by_name(modality),
         actual_tokens=_by_name(modality[weight[runs.piece[run]] > 0]),
         plan_rows=plan_rows,
+        segments=_segments(pieces, row_of_piece, row_first, S) if alone.any() else Segments.none(),
         sample_ids=[[piece.sample_id for piece in row.pieces] for row in rows],
         sample_hashes=[[piece.sample_hash for piece in row.pieces] for row in rows],
     )
@@ -158,10 +163,50 @@ def _positions(runs: _Runs, run: Int, token: Int) -> Int:
     return positions
 
 
-def _supervised(runs: _Runs, run: Int, is_media: npt.NDArray[np.bool_]) -> Int:
-    """Return the compact positions whose next token is in the same piece and is no placeholder."""
+def _sees(
+    runs: _Runs,
+    run: Int,
+    place: Int,
+    row_first: Int,
+    is_media: npt.NDArray[np.bool_],
+    in_segment: npt.NDArray[np.bool_],
+) -> tuple[Int, Int]:
+    """Return the interval of keys of each token; `row_first`: where the row of each begins in compact order."""
+    run_end = runs.first[run] + runs.length[run] - row_first
+    hi = np.where(is_media, run_end, place + 1)
+    if in_segment.any():
+        piece_end = np.cumsum(np.bincount(runs.piece, runs.length)).astype(np.int64)[runs.piece[run]] - row_first
+        hi = np.where(in_segment, piece_end, hi)
+    return runs.first[runs.piece_first[run]] - row_first, hi
+
+
+def _supervised(runs: _Runs, run: Int, no_target: npt.NDArray[np.bool_]) -> Int:
+    """Return the compact positions whose next token is in the same piece and may be a target."""
     piece = runs.piece[run]
-    return np.flatnonzero((piece[1:] == piece[:-1]) & ~is_media[1:])
+    return np.flatnonzero((piece[1:] == piece[:-1]) & ~no_target[1:])
+
+
+def _segments(pieces: list[Piece], row_of_piece: Int, row_first: Int, S: int) -> Segments:
+    """Return the table of the one-span segments among the pieces, which come by row and, in it, by item."""
+    lengths = np.asarray([len(piece.tokens) for piece in pieces])
+    first = np.cumsum(lengths) - lengths
+    chosen = [(number, piece, piece.alone) for number, piece in enumerate(pieces) if piece.alone is not None]
+    number = np.asarray([number for number, *_ in chosen])
+    row = row_of_piece[number]
+    items = np.asarray([span.item for *_, span in chosen], np.int32)
+    _, item = np.unique(np.stack([row, items]), axis=1, return_inverse=True)
+    weights = np.ones(len(chosen), np.float32)
+    np.minimum.at(weights, item.reshape(-1), [piece.weight for _, piece, _ in chosen])
+    return Segments(
+        first=row * S + first[number] - row_first[row],
+        lengths=lengths[number].astype(np.int32),
+        modality=np.asarray([span.modality for *_, span in chosen], np.int8),
+        rows=row.astype(np.int32),
+        items=items,
+        content_keys=np.asarray([span.content_key for *_, span in chosen], np.uint64),
+        group_keys=np.asarray([span.group_key for *_, span in chosen], np.uint64),
+        weights=weights[item.reshape(-1)],
+    )
 
 
 def _followed(runs: _Runs) -> Int:
@@ -178,7 +223,14 @@ class _MediaAxis(NamedTuple):
 
 
 def _media_axis(
-    runs: _Runs, run: Int, row: Int, place: Int, is_media: npt.NDArray[np.bool_], modality: Int, B: int
+    runs: _Runs,
+    run: Int,
+    row: Int,
+    place: Int,
+    is_media: npt.NDArray[np.bool_],
+    modality: Int,
+    in_segment: npt.NDArray[np.bool_],
+    B: int,
 ) -> _MediaAxis:
     """Number the media tokens of each row: T is the largest number of a row."""
     through = np.cumsum(is_media)
@@ -194,12 +246,13 @@ def _media_axis(
     key_modality[slots] = modality[is_media]
     run_before = before_in_row[runs.first] if len(runs.first) else runs.first
     own_lo, document_lo = run_before[run], run_before[runs.piece_first[run]]
-    return _MediaAxis(
-        positions=positions,
-        key_modality=key_modality,
-        lo=np.where(is_media, own_lo, document_lo),
-        hi=np.where(is_media, own_lo + runs.length[run], before_in_row),
-    )
+    lo = np.where(is_media, own_lo, document_lo)
+    hi = np.where(is_media, own_lo + runs.length[run], before_in_row)
+    if in_segment.any():
+        piece = runs.piece[run]
+        held = np.bincount(piece, is_media, int(piece[-1]) + 1).astype(np.int64)[piece]
+        lo, hi = np.where(in_segment, document_lo, lo), np.where(in_segment, document_lo + held, hi)
+    return _MediaAxis(positions=positions, key_modality=key_modality, lo=lo, hi=hi)
 
 
 def _payloads(media: Mapping[int, npt.NDArray[Any]], runs: _Runs, flat: Int, modality: Int) -> dict[str, Payload]:

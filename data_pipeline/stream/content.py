@@ -14,10 +14,13 @@ import xxhash
 
 from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES, Modality
+from triweave.data_pipeline.splits import normalise_text
 from triweave.data_pipeline.stream.catalog import ShardCatalog
-from triweave.data_pipeline.stream.plan import BlockPlan, Planner
+from triweave.data_pipeline.stream.plan import DOCUMENT, BlockPlan, Planner
 from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
+SampleBytes = dict[int, memoryview]
+"""Number of a sample in its shard -> its verified bytes."""
 Run = tuple[int, int, int, int, int]
 """Consecutive tokens of one kind: modality id, tokens, and their (t, h, w) grid; text has (tokens, 1, 1)."""
 
@@ -35,7 +38,11 @@ class FillerEvent:
 
 
 class PiecePlan(NamedTuple):
-    """One piece of a row. source, epoch, shard and sample are numbers; [first, end) is its span of document tokens."""
+    """One piece of a row. source, epoch, shard and sample are numbers; [first, end) is its span of document tokens.
+
+    kind: DOCUMENT, or ALONE for the one-span segments of a document; of these first is 0 and end their tokens.
+    item: number of the piece in its row.
+    """
 
     source: int
     epoch: int
@@ -43,6 +50,8 @@ class PiecePlan(NamedTuple):
     sample: int
     first: int
     end: int
+    kind: int = DOCUMENT
+    item: int = 0
 
 
 class PartSpan(NamedTuple):
@@ -62,13 +71,37 @@ class PartSpan(NamedTuple):
 
 
 class PieceLayout(NamedTuple):
-    """What metadata alone says about a piece: its tokens by kind and its parts, in order, and whether it begins (bos)
-    and ends (eos) its document."""
+    """What metadata alone says about a stretch of tokens: a piece of a document, or one of its one-span segments.
+
+    runs, parts: its tokens by kind and its parts, in order.
+    has_bos, has_eos: whether bos is its first token and eos its last one.
+    first, end: its span of document tokens, without bos and eos for a segment.
+    tokens: its length.
+    alone: whether it is a segment.
+    """
 
     runs: list[Run]
     parts: list[PartSpan]
     has_bos: bool
     has_eos: bool
+    first: int
+    end: int
+    tokens: int
+    alone: bool = False
+
+
+class AloneSpan(NamedTuple):
+    """What a one-span segment holds.
+
+    item: number of its document's ALONE piece in its row. modality: modality id of its part, 0 text.
+    content_key: equal for equal content: xxh3_64 of a medium's bytes, or of the normalised words of a text.
+    group_key: xxh3_64 of the document's `labels.group`, 0 without one. Both are 0 in fillers.
+    """
+
+    item: int
+    modality: int
+    content_key: int
+    group_key: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +111,7 @@ class Piece:
     tokens: int32 [n].
     runs: see PieceLayout.
     weight: 1, or 0 for a filler.
+    alone: set where the piece is a one-span segment.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -85,6 +119,7 @@ class Piece:
     weight: float
     sample_id: str
     sample_hash: int
+    alone: AloneSpan | None = None
 
 
 class MediaBuffers:
@@ -123,8 +158,33 @@ class MediaBuffers:
 def row_pieces(plan: BlockPlan, row: int) -> list[PiecePlan]:
     """Return the pieces of one row of a block, in order."""
     span = slice(int(plan.row_starts[row]), int(plan.row_starts[row + 1]))
-    columns = (plan.sources, plan.epochs, plan.shards, plan.samples, plan.first_tokens, plan.end_tokens)
-    return [PiecePlan(*piece) for piece in zip(*(column[span].tolist() for column in columns), strict=True)]
+    columns = (plan.sources, plan.epochs, plan.shards, plan.samples, plan.first_tokens, plan.end_tokens, plan.kinds)
+    pieces = zip(*(column[span].tolist() for column in columns), range(span.stop - span.start), strict=True)
+    return list(map(PiecePlan._make, pieces))
+
+
+def piece_layouts(catalog: ShardCatalog, piece: PiecePlan) -> list[PieceLayout]:
+    """Lay out a piece: a document's span is one stretch of tokens, an ALONE piece one for each of its segments."""
+    return [piece_layout(catalog, piece)] if piece.kind == DOCUMENT else _segment_layouts(catalog, piece.sample)
+
+
+def _segment_layouts(catalog: ShardCatalog, sample: int) -> list[PieceLayout]:
+    """Lay out `[bos] part [eos]` for the first part of each modality, in the order of the modalities."""
+    base = catalog.part_starts.item(sample)
+    layouts = []
+    for place in catalog.alone_parts[sample].tolist():
+        if place < 0:
+            continue
+        kind, tokens = catalog.part_kinds.item(place), catalog.part_tokens.item(place)
+        length = catalog.part_lengths.item(place)
+        runs: list[Run] = [(0, length + 2, length + 2, 1, 1)]
+        if kind:
+            t, h, w = catalog.part_grids[place].tolist()
+            runs = [(0, 2, 2, 1, 1), (kind, tokens, t, h, w), (0, 1, 1, 1, 1)]
+        first = 1 + int(catalog.part_lengths[base:place].sum())
+        parts = [PartSpan(place - base, place, kind, 0, tokens, 1)]
+        layouts.append(PieceLayout(runs, parts, True, True, first, first + length, length + 2, alone=True))
+    return layouts
 
 
 def piece_layout(catalog: ShardCatalog, piece: PiecePlan) -> PieceLayout:
@@ -153,7 +213,7 @@ def piece_layout(catalog: ShardCatalog, piece: PiecePlan) -> PieceLayout:
     text += has_eos
     if text:
         runs.append((0, text, text, 1, 1))
-    return PieceLayout(runs, parts, piece.first == 0, has_eos)
+    return PieceLayout(runs, parts, piece.first == 0, has_eos, piece.first, piece.end, piece.end - piece.first)
 
 
 class PieceMaker:
@@ -165,70 +225,101 @@ class PieceMaker:
         self.names = [source.name for source in planner.config.sources]
         self.modalities: dict[int, Modality] = {modality.id: modality for modality in MODALITIES.values()}
 
-    def fetch(self, piece: PiecePlan) -> memoryview:
-        """Return the verified bytes of the sample a piece is from. Raises CorruptSampleError."""
+    def fetch(self, piece: PiecePlan) -> SampleBytes:
+        """Return the verified bytes of the sample a piece is from, and of those its media were exchanged with.
+
+        Raises CorruptSampleError.
+        """
         catalog = self.planner.catalog(piece.source, piece.shard)
         sample = piece.sample
-        return self.reader.read(
+        own = self.reader.read(
             catalog.tar, catalog.offsets.item(sample), catalog.sizes.item(sample), catalog.hashes.item(sample)
         )
+        return {sample: own} if catalog.part_owners is None else self._partners(catalog, piece) | {sample: own}
 
-    def layout(self, piece: PiecePlan) -> PieceLayout:
-        """Return the layout of a piece."""
-        return piece_layout(self.planner.catalog(piece.source, piece.shard), piece)
+    def _partners(self, catalog: ShardCatalog, piece: PiecePlan) -> SampleBytes:
+        """Return the samples that the exchanged media of a piece are in."""
+        assert catalog.part_owners is not None
+        places = [part.place for layout in piece_layouts(catalog, piece) for part in layout.parts if part.kind]
+        samples: SampleBytes = {}
+        for owner in sorted(set(catalog.part_owners[places].tolist())):
+            try:
+                samples[owner] = self.reader.read(
+                    catalog.tar, catalog.offsets.item(owner), catalog.sizes.item(owner), catalog.hashes.item(owner)
+                )
+            except CorruptSampleError as error:
+                raise CorruptSampleError(str(error), owner) from None
+        return samples
 
-    def decode(self, piece: PiecePlan, layout: PieceLayout, sample: memoryview, buffers: MediaBuffers) -> Piece:
-        """Tokenise and decode a piece, its media into `buffers`.
+    def layouts(self, piece: PiecePlan) -> list[PieceLayout]:
+        """Return the layouts of a piece, one for each of the Pieces it becomes."""
+        return piece_layouts(self.planner.catalog(piece.source, piece.shard), piece)
+
+    def decode(
+        self, piece: PiecePlan, layouts: list[PieceLayout], samples: SampleBytes, buffers: MediaBuffers
+    ) -> list[Piece]:
+        """Tokenise and decode a piece, its media into `buffers`: one Piece per layout.
 
         Raises CorruptSampleError, with `buffers` as before, where the result is not what the plan counted.
         """
-        tokens = self._skeleton(layout, piece.end - piece.first)
         before = dict(buffers.filled)
         try:
-            self._fill(tokens, piece, layout, sample, buffers)
+            document = self._document(piece, samples)
+            return [self._filled(piece, layout, document, samples, buffers) for layout in layouts]
         except Exception as error:
             buffers.filled = before
-            if isinstance(error, CorruptSampleError):
-                raise
-            # Codecs raise what they like on hostile bytes; every such sample must become a filler, and a bug in
-            # decoding shows as the reason in the corruption budget's error.
-            raise CorruptSampleError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-        return self._piece(piece, layout, tokens, weight=1.0)
+            raise _as_corrupt(error) from error
 
-    def filler(self, piece: PiecePlan, layout: PieceLayout, buffers: MediaBuffers) -> Piece:
-        """Return the stand-in of a damaged piece: same layout and payload shapes, zeros, no loss."""
-        for kind, length, *_ in layout.runs:
-            if kind:
-                buffers.add_zeros(kind, length)
-        return self._piece(piece, layout, self._skeleton(layout, piece.end - piece.first), weight=0.0)
+    def filler(self, piece: PiecePlan, layouts: list[PieceLayout], buffers: MediaBuffers) -> list[Piece]:
+        """Return the stand-in of a damaged piece: same layouts and payload shapes, zeros, no loss."""
+        for layout in layouts:
+            for kind, length, *_ in layout.runs:
+                if kind:
+                    buffers.add_zeros(kind, length)
+        kinds = [layout.parts[0].kind if layout.alone else 0 for layout in layouts]
+        return [
+            self._piece(piece, layout, self._skeleton(layout), (kind, 0, 0), weight=0.0)
+            for layout, kind in zip(layouts, kinds, strict=True)
+        ]
 
     def event(self, piece: PiecePlan, plan_row: int, error: CorruptSampleError) -> FillerEvent:
         """Describe a damaged piece."""
         catalog = self.planner.catalog(piece.source, piece.shard)
+        sample = piece.sample if error.sample is None else error.sample
         return FillerEvent(
             source=self.names[piece.source],
             shard=catalog.tar,
-            key=catalog.key_list[piece.sample],
-            offset=int(catalog.offsets[piece.sample]),
+            key=catalog.key_list[sample],
+            offset=int(catalog.offsets[sample]),
             plan_row=plan_row,
             reason=str(error),
         )
 
-    def _piece(self, piece: PiecePlan, layout: PieceLayout, tokens: npt.NDArray[np.int32], *, weight: float) -> Piece:
+    def _piece(
+        self,
+        piece: PiecePlan,
+        layout: PieceLayout,
+        tokens: npt.NDArray[np.int32],
+        content: tuple[int, int, int],
+        *,
+        weight: float,
+    ) -> Piece:
+        """Return a stretch of tokens as a Piece; content: modality, content key and group key of its segment."""
         key = self.planner.catalog(piece.source, piece.shard).key_list[piece.sample]
-        ending = "" if weight else ":filler"
+        ending = (":alone" if layout.alone else "") + ("" if weight else ":filler")
         return Piece(
             tokens=tokens,
             runs=layout.runs,
             weight=weight,
-            sample_id=f"{self.names[piece.source]}:{piece.epoch}:{key}:{piece.first}:{piece.end}{ending}",
+            sample_id=f"{self.names[piece.source]}:{piece.epoch}:{key}:{layout.first}:{layout.end}{ending}",
             sample_hash=xxhash.xxh3_64_intdigest(tokens.data),
+            alone=AloneSpan(piece.item, *content) if layout.alone else None,
         )
 
-    def _skeleton(self, layout: PieceLayout, count: int) -> npt.NDArray[np.int32]:
-        """Return the tokens that metadata alone determines, pad ids where text goes, int32 [count]."""
+    def _skeleton(self, layout: PieceLayout) -> npt.NDArray[np.int32]:
+        """Return the tokens that metadata alone determines, pad ids where text goes, int32 [layout.tokens]."""
         tokenizer = self.planner.tokenizer
-        tokens = np.full(count, tokenizer.pad_id, np.int32)
+        tokens = np.full(layout.tokens, tokenizer.pad_id, np.int32)
         for _, _, kind, _, end, at in layout.parts:
             if kind:
                 markers = tokenizer.media[self.modalities[kind].name]
@@ -240,34 +331,77 @@ class PieceMaker:
             tokens[-1] = tokenizer.eos_id
         return tokens
 
-    def _fill(
+    def _document(self, piece: PiecePlan, samples: SampleBytes) -> dict[str, Any]:
+        """Return the JSON of a piece's document."""
+        catalog = self.planner.catalog(piece.source, piece.shard)
+        start = catalog.json_offsets.item(piece.sample) - catalog.offsets.item(piece.sample)
+        end = start + catalog.json_sizes.item(piece.sample)
+        document: dict[str, Any] = json.loads(str(samples[piece.sample][start:end], "utf-8"))
+        return document
+
+    def _filled(
         self,
-        tokens: npt.NDArray[np.int32],
         piece: PiecePlan,
         layout: PieceLayout,
-        sample: memoryview,
+        document: dict[str, Any],
+        samples: SampleBytes,
         buffers: MediaBuffers,
-    ) -> None:
-        """Write the text tokens into `tokens` and the media into `buffers`."""
-        tokenizer, geometry = self.planner.tokenizer, self.planner.config.geometry
+    ) -> Piece:
+        """Return a stretch of tokens with its text, its media in `buffers`."""
+        tokenizer = self.planner.tokenizer
         catalog = self.planner.catalog(piece.source, piece.shard)
-        start = catalog.offsets.item(piece.sample)
-        json_start = catalog.json_offsets.item(piece.sample) - start
-        json_end = json_start + catalog.json_sizes.item(piece.sample)
-        parts = json.loads(str(sample[json_start:json_end], "utf-8"))["parts"]
+        tokens = self._skeleton(layout)
+        content = (0, 0, 0)
         for part, place, kind, first, end, at in layout.parts:
-            if kind == 0:
-                encoded = tokenizer.encode(parts[part]["text"])
-                if len(encoded) != catalog.part_tokens.item(place):
-                    raise CorruptSampleError("its text has another number of tokens than the sidecar says")
-                tokens[at : at + end - first] = encoded[first:end]
+            if kind:
+                medium = self._medium(catalog, piece.sample, place, samples)
+                values = self._decoded(catalog, piece.sample, place, medium)
+                buffers.add(kind, values)
+                if layout.alone:
+                    content = (kind, xxhash.xxh3_64_intdigest(medium), _group_key(document))
                 continue
-            modality = self.modalities[kind]
-            offset = catalog.part_offsets.item(place) - start
-            width, height, samples, rate = catalog.part_infos[place].tolist()
-            info = MediaInfo(width=width, height=height, samples=samples, rate=rate)
-            content = bytes(sample[offset : offset + catalog.part_sizes.item(place)])
-            values = modality.decode(content, info, geometry)
-            if len(values) != end:
-                raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {end}")
-            buffers.add(kind, values)
+            text = document["parts"][part]["text"]
+            encoded = tokenizer.encode(text)
+            if len(encoded) != catalog.part_tokens.item(place):
+                raise CorruptSampleError("its text has another number of tokens than the sidecar says")
+            tokens[at : at + end - first] = encoded[first:end]
+            if layout.alone:
+                words = normalise_text(text).encode("utf-8", "surrogatepass")
+                content = (kind, xxhash.xxh3_64_intdigest(words), _group_key(document))
+        return self._piece(piece, layout, tokens, content, weight=1.0)
+
+    def _medium(self, catalog: ShardCatalog, sample: int, place: int, samples: SampleBytes) -> bytes:
+        """Return the encoded bytes of a media part."""
+        owner = sample if catalog.part_owners is None else catalog.part_owners.item(place)
+        offset = catalog.part_offsets.item(place) - catalog.offsets.item(owner)
+        return bytes(samples[owner][offset : offset + catalog.part_sizes.item(place)])
+
+    def _decoded(self, catalog: ShardCatalog, sample: int, place: int, medium: bytes) -> npt.NDArray[Any]:
+        """Return the payload of a media part. Raises CorruptSampleError with the sample its bytes are from."""
+        modality = self.modalities[catalog.part_kinds.item(place)]
+        width, height, samples, rate = catalog.part_infos[place].tolist()
+        info = MediaInfo(width=width, height=height, samples=samples, rate=rate)
+        owner = sample if catalog.part_owners is None else catalog.part_owners.item(place)
+        try:
+            values = modality.decode(medium, info, self.planner.config.geometry)
+        except Exception as error:
+            raise _as_corrupt(error, owner) from error
+        if len(values) != (planned := catalog.part_tokens.item(place)):
+            raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {planned}", owner)
+        return values
+
+
+def _as_corrupt(error: Exception, sample: int | None = None) -> CorruptSampleError:
+    """Return what makes a filler of a sample that cannot be decoded.
+
+    Codecs raise what they like on hostile bytes; every such sample must become a filler, and a bug in decoding shows as
+    the reason in the corruption budget's error.
+    """
+    if isinstance(error, CorruptSampleError):
+        return error
+    return CorruptSampleError(f"{type(error).__name__}: {' '.join(str(error).split())}", sample)
+
+
+def _group_key(document: dict[str, Any]) -> int:
+    group = document["labels"].get("group")
+    return xxhash.xxh3_64_intdigest(group.encode("utf-8", "surrogatepass")) if isinstance(group, str) else 0

@@ -30,7 +30,7 @@ from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import CorruptionBudgetError
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker
+from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker, SampleBytes
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.reader import CorruptSampleError
 from triweave.data_pipeline.stream.state import StreamState
@@ -51,7 +51,7 @@ class MicroBatch:
     """One micro-batch on its way through the pipeline; `batch` is there after `collate_rows`."""
 
     task: MicroBatchTask
-    samples: list[list[memoryview | CorruptSampleError]] = field(default_factory=list)
+    samples: list[list[SampleBytes | CorruptSampleError]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     media: dict[int, Any] = field(default_factory=dict)
     fillers: list[FillerEvent] = field(default_factory=list)
@@ -234,7 +234,7 @@ def fetch_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterato
     for micro_batch in micro_batches:
         began = time.perf_counter()
         for pieces in micro_batch.task.pieces:
-            samples: list[memoryview | CorruptSampleError] = []
+            samples: list[SampleBytes | CorruptSampleError] = []
             for piece in pieces:
                 try:
                     samples.append(maker.fetch(piece))
@@ -251,18 +251,18 @@ def decode_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterat
     for micro_batch in micro_batches:
         began = time.perf_counter()
         task = micro_batch.task
-        layouts = [[maker.layout(piece) for piece in pieces] for pieces in task.pieces]
-        buffers = MediaBuffers(chain.from_iterable(layouts), planner.config.geometry)
+        layouts = [[maker.layouts(piece) for piece in pieces] for pieces in task.pieces]
+        buffers = MediaBuffers(chain.from_iterable(chain.from_iterable(layouts)), planner.config.geometry)
         rows = zip(task.plan_rows, task.pieces, layouts, micro_batch.samples, strict=True)
         for plan_row, pieces, row_layouts, samples in rows:
             made: list[Piece] = []
-            for piece, layout, sample in zip(pieces, row_layouts, samples, strict=True):
+            for piece, its_layouts, sample in zip(pieces, row_layouts, samples, strict=True):
                 try:
                     if isinstance(sample, CorruptSampleError):
                         raise sample
-                    made.append(maker.decode(piece, layout, sample, buffers))
+                    made += maker.decode(piece, its_layouts, sample, buffers)
                 except CorruptSampleError as error:
-                    made.append(maker.filler(piece, layout, buffers))
+                    made += maker.filler(piece, its_layouts, buffers)
                     micro_batch.fillers.append(maker.event(piece, plan_row, error))
             micro_batch.rows.append(Row(plan_row, made))
         micro_batch.media = buffers.values

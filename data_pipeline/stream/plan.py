@@ -4,8 +4,9 @@
 
 Nothing here reads a sample. Documents longer than a pack are split into pieces: text at token boundaries, documents at
 part boundaries, media spans never, and a part that fits into a pack of its own is never cut. The first piece carries
-the bos token, the last one the eos token. Blocks are packed best-fit-decreasing as a whole; then the order of the
-packs, and of the pieces in each, is a keyed permutation.
+the bos token, the last one the eos token. A drawn share of the documents with several modalities also gives an ALONE
+piece: the first part of each modality as a one-span segment, all in one row. Blocks are packed best-fit-decreasing as a
+whole; then the order of the packs, and of the pieces in each, is a keyed permutation.
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ import xxhash
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.manifest import Manifest
-from triweave.data_pipeline.stream.catalog import ShardCatalog, load_shard_catalog, modality_names, usable_modalities
+from triweave.data_pipeline.stream.catalog import (
+    SEGMENT_OVERHEAD_TOKENS,
+    ShardCatalog,
+    load_shard_catalog,
+    modality_names,
+    usable_modalities,
+)
 from triweave.data_pipeline.stream.mixture import Draw, Mixture, SourceShape, keyed_order
 from triweave.data_pipeline.stream.pack import best_fit_decreasing
 from triweave.data_pipeline.stream.state import PlanSegment, StreamState
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+DOCUMENT, ALONE = 0, 1
+"""Kinds of pieces: a span of a document, and the one-span segments of one."""
+UNFIT_SEGMENTS = "one-span segments of a document that together pass a pack"
 ATTENTION_COST_TOKENS = 2048
 """Length of a piece at which its attention is estimated to cost as much as everything else in the trunk."""
 BLOCKS_KEPT = 2
@@ -40,10 +50,13 @@ class BlockPlan:
 
     row_starts: int64 [R + 1] where each row's pieces begin.
     sources, epochs, shards, samples: int32 [Q] source number, its epoch, shard number, number within the shard.
-    first_tokens, end_tokens: int64 [Q] span of the document's tokens.
+    kinds: int8 [Q] DOCUMENT or ALONE.
+    first_tokens, end_tokens: int64 [Q] span of the document's tokens; of an ALONE piece 0 and the tokens of all its
+        segments.
+    segments: int64 [Q] one-span segments of each ALONE piece, 0 for others.
     row_tokens: int64 [R] tokens of each row.
     row_costs: float64 [R] estimated work, the sum over pieces of n + m + n^2 / ATTENTION_COST_TOKENS for n tokens, of
-        which m are media.
+        which m are media; the segments of an ALONE piece count one by one.
     modality_tokens: modality name -> tokens of the block.
     drawn_samples: samples drawn, those left out included.
     left_out: reason -> parts or documents of the drawn samples.
@@ -55,8 +68,10 @@ class BlockPlan:
     epochs: npt.NDArray[np.int32]
     shards: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int32]
+    kinds: npt.NDArray[np.int8]
     first_tokens: npt.NDArray[np.int64]
     end_tokens: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64]
     row_tokens: npt.NDArray[np.int64]
     row_costs: npt.NDArray[np.float64]
     modality_tokens: dict[str, int]
@@ -116,6 +131,7 @@ class Planner:
             catalog = self._catalogs[source, shard] = load_shard_catalog(
                 self.manifests[source],
                 shard,
+                source=self.config.sources[source],
                 tokenizer=self.tokenizer,
                 geometry=self.config.geometry,
                 caps=self.caps,
@@ -156,7 +172,13 @@ class Planner:
         return {
             "version": PLAN_VERSION,
             "sources": {
-                source.name: {"manifest": manifest.hash, "weight": source.weight}
+                source.name: {
+                    "manifest": manifest.hash,
+                    "weight": source.weight,
+                    "split": source.split,
+                    "hold_out": source.hold_out,
+                    "shuffle_pairs": source.shuffle_pairs,
+                }
                 for source, manifest in zip(config.sources, self.manifests, strict=True)
             },
             "tokenizer": self.tokenizer.hash,
@@ -173,7 +195,7 @@ class Planner:
         for draw in self.mixture.draws(block):
             self._collect(draw, pieces)
         table = pieces.table()
-        budgets, owners = table[:, 6:-1], table[:, :6]
+        budgets, owners = table[:, _OWNER:-_MORE], table[:, :_OWNER]
         packs = best_fit_decreasing(budgets, tuple(self.caps.values()))
         rows = int(packs.max()) + 1 if len(packs) else 0
         row_of_pack = np.empty(rows, np.int64)
@@ -182,8 +204,9 @@ class Planner:
         within = np.empty(len(row), np.int64)
         within[keyed_order(len(row), self.config.seed, "pieces", block)] = np.arange(len(row))
         order = np.lexsort((within, row))
-        row, owners, tokens, media = row[order], owners[order], budgets[order, 0], table[order, -1]
-        cost: npt.NDArray[np.float64] = tokens + media + tokens.astype(np.float64) ** 2 / ATTENTION_COST_TOKENS
+        row, owners, tokens = row[order], owners[order], budgets[order, 0]
+        media, squares, segments = table[order, -_MORE:].T
+        cost: npt.NDArray[np.float64] = tokens + media + squares / ATTENTION_COST_TOKENS
         return BlockPlan(
             block=block,
             row_starts=np.searchsorted(row, np.arange(rows + 1)),
@@ -191,8 +214,10 @@ class Planner:
             epochs=owners[:, 1].astype(np.int32),
             shards=owners[:, 2].astype(np.int32),
             samples=owners[:, 3].astype(np.int32),
+            kinds=np.where(segments > 0, ALONE, DOCUMENT).astype(np.int8),
             first_tokens=owners[:, 4],
             end_tokens=owners[:, 5],
+            segments=segments,
             row_tokens=np.bincount(row, tokens, rows).astype(np.int64),
             row_costs=np.bincount(row, cost, rows).astype(np.float64),
             modality_tokens=dict(zip(modality_names(), pieces.modality_tokens.tolist(), strict=True)),
@@ -202,16 +227,36 @@ class Planner:
 
     def _collect(self, draw: Draw, pieces: _Pieces) -> None:
         """Add the pieces of one draw, shard by shard in ascending order (packing does not depend on the order)."""
+        share = self.config.packing.contrastive_share
         shards, rows = self.mixture.order(draw)
         order = np.argsort(shards, kind="stable")
         borders = np.flatnonzero(np.diff(shards[order])) + 1
         for chosen in np.split(order, borders):
             shard = int(shards[chosen[0]])
-            pieces.add(self.catalog(draw.source, shard), np.sort(rows[chosen]), (draw.source, draw.epoch, shard))
+            catalog, owner = self.catalog(draw.source, shard), (draw.source, draw.epoch, shard)
+            samples = np.sort(rows[chosen])
+            pieces.add(catalog, samples, owner)
+            if share:
+                key = (self.config.seed, "alone", self.config.sources[draw.source].name, draw.epoch, shard)
+                pieces.add_alone(catalog, samples[drawn_share(len(catalog.sizes), share, *key)[samples]], owner)
+
+
+def drawn_share(count: int, share: float, *key: object) -> npt.NDArray[np.bool_]:
+    """Return which of `count` items `key` draws, each with probability `share`, bool [count].
+
+    A larger share draws the same ones and more.
+    """
+    digest = xxhash.xxh3_128_intdigest("\x1f".join(map(str, key)).encode())
+    draws = np.random.Philox(key=digest).random_raw(count)
+    return draws <= np.uint64(max(0, min(int(share * 2**64), 2**64) - 1)) if share > 0 else np.zeros(count, bool)
+
+
+_OWNER, _MORE = 6, 3
 
 
 class _Pieces:
-    """Pieces of one block: int64 rows of source, epoch, shard, sample, first, end, use of each budget, media tokens."""
+    """Pieces of one block: int64 rows of source, epoch, shard, sample, first, end (_OWNER columns), use of each budget,
+    media tokens, sum of the squared lengths of what attends to itself, one-span segments (_MORE columns)."""
 
     def __init__(self, caps: dict[str, int]) -> None:
         self.caps = np.asarray(list(caps.values()), np.int64)
@@ -225,30 +270,59 @@ class _Pieces:
         budgets = catalog.sample_budgets[samples]
         self.drawn += len(samples)
         self.modality_tokens += catalog.sample_modality_tokens[samples].sum(axis=0)
-        for reason, counts in zip(catalog.reasons, catalog.left_out, strict=True):
+        for reason, counts in catalog.left_out.items():
             if count := int(counts[samples].sum()):
                 self.left_out[reason] += count
         fits = (budgets <= self.caps).all(axis=1)
         whole = fits & (budgets[:, 0] > 0)
         media = catalog.sample_modality_tokens[samples, 1:].sum(axis=1)
-        table = np.zeros((int(whole.sum()), 6 + len(self.caps) + 1), np.int64)
-        table[:, :3] = owner
-        table[:, 3] = samples[whole]
-        table[:, 5] = budgets[whole, 0]
-        table[:, 6:-1] = budgets[whole]
-        table[:, -1] = media[whole]
-        self.tables.append(table)
+        self._append(owner, samples[whole], budgets[whole], media[whole], budgets[whole, 0] ** 2, 0)
         split = [
-            (*owner, sample, *piece)
+            (*owner, sample, *piece, (piece[1] - piece[0]) ** 2, 0)
             for sample in samples[~fits].tolist()
             for piece in split_document(catalog, sample, self.caps.tolist())
         ]
         if split:
             self.tables.append(np.asarray(split, np.int64))
 
+    def add_alone(self, catalog: ShardCatalog, samples: npt.NDArray[np.int32], owner: tuple[int, int, int]) -> None:
+        """Add the one-span segments of the documents `samples` of one shard that have two modalities or more."""
+        budgets = catalog.alone_budgets[samples]
+        several = budgets[:, 0] > 0
+        fits = several & (budgets <= self.caps).all(axis=1)
+        if unfit := int((several & ~fits).sum()):
+            self.left_out[UNFIT_SEGMENTS] += unfit
+        samples, budgets = samples[fits], budgets[fits]
+        places = catalog.alone_parts[samples]
+        held = places >= 0
+        lengths = np.where(held, catalog.part_lengths[places] + SEGMENT_OVERHEAD_TOKENS, 0)
+        media = np.where(held, catalog.part_tokens[places], 0)
+        media[:, 0] = 0
+        tokens = media.sum(axis=0)
+        tokens[0] = int(budgets[:, 0].sum()) - int(tokens.sum())
+        self.modality_tokens += tokens
+        self._append(owner, samples, budgets, media.sum(axis=1), (lengths**2).sum(axis=1), held.sum(axis=1))
+
+    def _append(
+        self,
+        owner: tuple[int, int, int],
+        samples: npt.NDArray[np.int32],
+        budgets: npt.NDArray[np.int64],
+        media: npt.NDArray[np.int64],
+        squares: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.int64] | int,
+    ) -> None:
+        table = np.zeros((len(samples), _OWNER + len(self.caps) + _MORE), np.int64)
+        table[:, :3] = owner
+        table[:, 3] = samples
+        table[:, 5] = budgets[:, 0]
+        table[:, _OWNER:-_MORE] = budgets
+        table[:, -3], table[:, -2], table[:, -1] = media, squares, segments
+        self.tables.append(table)
+
     def table(self) -> npt.NDArray[np.int64]:
-        """Return all pieces, int64 [Q, 6 + budgets + 1]."""
-        return np.concatenate([np.zeros((0, 6 + len(self.caps) + 1), np.int64), *self.tables])
+        """Return all pieces, int64 [Q, _OWNER + budgets + _MORE]."""
+        return np.concatenate([np.zeros((0, _OWNER + len(self.caps) + _MORE), np.int64), *self.tables])
 
 
 def split_document(catalog: ShardCatalog, sample: int, caps: list[int]) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triweave.data_pipeline.config import DataConfig
-from triweave.data_pipeline.stream.plan import Planner
+from triweave.data_pipeline.stream.plan import ALONE, Planner
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 FILL_BORDERS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
@@ -23,6 +23,9 @@ class PlanReport:
 
     rows, samples: packs, and the samples drawn for them.
     tokens: modality name -> tokens (text includes bos, eos and start markers).
+    alone_tokens: tokens in one-span segments; they are in `tokens` as well.
+    segments_per_group, items_per_group: one-span segments, and the documents they are from, in a contrastive group:
+        their number in the epoch x contrastive_group_rows / rows (with fewer rows than that, all of them).
     fill: tokens / (rows x sequence_length). fill_without_last: the same without each block's emptiest pack, which is
         what is left over when a block ends.
     left_out: reason -> parts or documents.
@@ -38,6 +41,9 @@ class PlanReport:
     samples: int
     pieces: int
     tokens: dict[str, int]
+    alone_tokens: int
+    segments_per_group: float
+    items_per_group: float
     fill: float
     fill_without_last: float
     left_out: dict[str, int]
@@ -59,7 +65,7 @@ def report_plan(config: DataConfig, sequence_length: int, global_batch_rows: int
     left_out: Counter[str] = Counter()
     fills: list[npt.NDArray[np.float64]] = []
     without_last: list[npt.NDArray[np.float64]] = []
-    samples = pieces = 0
+    samples = pieces = alone_tokens = segments = items = 0
     seconds = 0.0
     for block in range(blocks):
         planner.load_catalogs(block)
@@ -68,12 +74,16 @@ def report_plan(config: DataConfig, sequence_length: int, global_batch_rows: int
         seconds += time.perf_counter() - began
         samples += plan.drawn_samples
         pieces += len(plan.samples)
+        alone_tokens += int((plan.end_tokens - plan.first_tokens)[plan.kinds == ALONE].sum())
+        segments += int(plan.segments.sum())
+        items += int((plan.kinds == ALONE).sum())
         tokens.update(plan.modality_tokens)
         left_out.update(plan.left_out)
         fill = np.sort(plan.row_tokens / sequence_length)
         fills.append(fill)
         without_last.append(fill[1:])
     fill = np.concatenate(fills)
+    groups = max(1.0, len(fill) / config.packing.contrastive_group_rows)
     trimmed = np.concatenate(without_last)
     return PlanReport(
         sequence_length=sequence_length,
@@ -83,6 +93,9 @@ def report_plan(config: DataConfig, sequence_length: int, global_batch_rows: int
         samples=samples,
         pieces=pieces,
         tokens=dict(tokens),
+        alone_tokens=alone_tokens,
+        segments_per_group=segments / groups,
+        items_per_group=items / groups,
         fill=float(fill.mean()) if len(fill) else 0.0,
         fill_without_last=float(trimmed.mean()) if len(trimmed) else 0.0,
         left_out=dict(left_out),

@@ -11,7 +11,14 @@ MAPS_KEPT = 256
 
 
 class CorruptSampleError(Exception):
-    """A sample cannot be used as planned; the loader puts a filler in its place. Not for the user."""
+    """A sample cannot be used as planned; the loader puts a filler in its place. Not for the user.
+
+    sample: number of the damaged sample in its shard, where it is not the one the piece is from.
+    """
+
+    def __init__(self, reason: str, sample: int | None = None) -> None:
+        super().__init__(reason)
+        self.sample = sample
 
 
 class ShardReader:

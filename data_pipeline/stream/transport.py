@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triweave.data_pipeline.worker_process import use_one_blas_thread
+
 ALIGNMENT_BYTES = 64
 RANK_CHECK_SECONDS = 1.0
 SHARED_MEMORY = "/dev/shm"
@@ -77,6 +79,7 @@ def start_worker(_worker: int) -> None:
     tells nobody. So a thread waits for the rank's own SIGTERM and looks whether the rank still lives.
     """
     tune_memory()
+    use_one_blas_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     sys.excepthook = _report_unless_hung_up

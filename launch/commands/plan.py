@@ -90,6 +90,10 @@ def _show(reports: list[PlanReport]) -> None:
     }
     for name in reports[0].tokens:
         lines[f"{name} tokens"] = [f"{report.tokens[name]:,}" for report in reports]
+    if any(report.alone_tokens for report in reports):
+        lines["tokens in parts alone"] = [f"{report.alone_tokens:,}" for report in reports]
+        lines["parts alone per contrastive group"] = [f"{report.segments_per_group:.1f}" for report in reports]
+        lines["documents they are from"] = [f"{report.items_per_group:.1f}" for report in reports]
     if reports[0].steps_per_epoch:
         lines["steps per epoch"] = [f"{report.steps_per_epoch:,}" for report in reports]
     lines["planning, us per sample"] = [f"{report.plan_us_per_sample:.1f}" for report in reports]

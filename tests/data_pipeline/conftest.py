@@ -18,6 +18,7 @@ from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
 from triweave.data_pipeline.sources.manifest import ManifestSource
+from triweave.data_pipeline.splits import split_of
 from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.data_pipeline.text.tokenizer import train_tokenizer
 
@@ -149,6 +150,51 @@ def stream_data(tmp_path_factory: pytest.TempPathFactory) -> StreamData:
         records = write_records(folder / f"{name}.jsonl", documents)
         manifest = build(ManifestSource(root=records), folder / name, BuildOptions(shard_size_bytes=150_000))
         if not tokenizer.exists():
-            train_tokenizer(manifest, 600, tokenizer)
+            train_tokenizer([manifest], 600, tokenizer)
         write_token_counts(manifest, tokenizer)
     return StreamData(birds=folder / "birds", talk=folder / "talk", tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class ConceptData:
+    """A tokenised shard folder whose documents know their concept. Read only: copy the folder to damage it."""
+
+    shards: Path
+    tokenizer: Path
+
+
+def concept_records(path: Path, concepts: int = 14) -> Path:
+    """Write a JSONL manifest of three documents per concept, which show the same picture and say other words.
+
+    By number modulo 4: 0 text between two pictures, 1 picture + clip + text, 2 clip + text, 3 text alone; number 18 has
+    a text of hundreds of tokens.
+    """
+    lines = []
+    for number in range(3 * concepts):
+        concept = number // 3
+        image, other = (
+            {"modality": "image", "bytes": base64.b64encode(image_bytes(seed, width=24, height=16 + 8 * high)).decode()}
+            for seed, high in ((concept, concept % 2), (1000 + number, 0))
+        )
+        audio = {
+            "modality": "audio",
+            "bytes": base64.b64encode(audio_bytes(number, ms=200 + 60 * (number % 3))).decode(),
+        }
+        words = list(CAPTIONS.values())[number % len(CAPTIONS)] * (20 if number == 18 else 1)
+        text = {"modality": "text", "text": f"{number}. {words}"}
+        parts = ([image, text, other], [image, audio, text], [audio, text], [text])[number % 4]
+        labels = {"group": f"concept {concept}", "split": split_of(f"concept {concept}"), "number": number}
+        lines.append(json.dumps({"id": f"item-{number}", "parts": parts, "labels": labels}, ensure_ascii=False))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def concept_data(tmp_path_factory: pytest.TempPathFactory) -> ConceptData:
+    """42 documents of 14 concepts in one shard, with labels `group`, `split` and `number`, and token counts."""
+    folder = tmp_path_factory.mktemp("concepts")
+    records = concept_records(folder / "concepts.jsonl")
+    manifest = build(ManifestSource(root=records), folder / "shards", BuildOptions())
+    train_tokenizer([manifest], 500, folder / "tokenizer.model")
+    write_token_counts(manifest, folder / "tokenizer.model")
+    return ConceptData(shards=folder / "shards", tokenizer=folder / "tokenizer.model")

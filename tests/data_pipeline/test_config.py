@@ -66,6 +66,8 @@ def test_default_caps_scale_with_the_length() -> None:
         ("data.corrupt_budget=-1", "corrupt_budget"),
         ("data.sequence_length=99999999999999999999", "sequence_length=99999999999999999999: must be at most"),
         ("data.seed=-1", "seed=-1"),
+        ("data.packing.contrastive_share=1.5", "packing.contrastive_share=1.5: must be from 0 to 1"),
+        ("data.packing.contrastive_share=-0.1", "packing.contrastive_share=-0.1: must be from 0 to 1"),
     ],
 )
 def test_wrong_overrides(path: Path, override: str, message: str) -> None:
@@ -83,6 +85,18 @@ def test_wrong_overrides(path: Path, override: str, message: str) -> None:
         ("data: {sources: [{name: a, shards: s, weight: 0}], tokenizer: t}", "weight=0"),
         ("data: {sources: [{name: a/b, shards: s}], tokenizer: t}", "'a/b'"),
         ("data: {sources: [{name: a, shard: s}], tokenizer: t}", "did you mean data.sources[0].shards"),
+        (
+            "data: {sources: [{name: a, shards: s, split: dev}], tokenizer: t}",
+            "split='dev': must be one of train, valid",
+        ),
+        ("data: {sources: [{name: a, shards: s, hold_out: 5/5}], tokenizer: t}", "hold_out='5/5': must be k/N"),
+        ("data: {sources: [{name: a, shards: s, hold_out: 0/1}], tokenizer: t}", "hold_out='0/1': must be k/N"),
+        ("data: {sources: [{name: a, shards: s, hold_out: fold 1}], tokenizer: t}", "hold_out='fold 1': must be k/N"),
+        (
+            "data: {sources: [{name: a, shards: s, hold_out: 0/5, split: train}], tokenizer: t}",
+            "split=train and hold_out=0/5 do not go together",
+        ),
+        ("data: {sources: [{name: a, shards: s, shuffle_pairs: -1}], tokenizer: t}", "shuffle_pairs=-1"),
         ("data: {tokenizer: t}", "sources"),
         ("data: 5", "must be a mapping"),
         ("model: {}", "no `data:` key"),

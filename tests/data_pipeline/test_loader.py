@@ -17,7 +17,7 @@ import pytest
 import webdataset
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.data_pipeline.config import DataConfig, SourceConfig
+from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig
 from triweave.data_pipeline.errors import CorruptionBudgetError, DataError, StateError
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.media.modalities import MODALITIES
@@ -50,8 +50,9 @@ def windows(
 
 
 def leaves(batch: PackedBatch) -> dict[str, Any]:
-    """Every field but the timings, payload fields flattened."""
-    fields = {name: value for name, value in vars(batch).items() if name not in ("payloads", "timings_ms")}
+    """Every field but the timings, payload and segment fields flattened."""
+    fields = {name: value for name, value in vars(batch).items() if name not in ("payloads", "segments", "timings_ms")}
+    fields |= {f"segments.{name}": value for name, value in vars(batch.segments).items()}
     for modality, payload in batch.payloads.items():
         fields |= {f"{modality}.{name}": value for name, value in vars(payload).items()}
     return fields
@@ -101,6 +102,12 @@ def row_contents(batch: PackedBatch) -> Iterator[tuple[int, dict[str, Any]]]:
                 payload.grids[items].tolist(),
                 (payload.token_index[owners] % S).tolist(),
             )
+        mine = batch.segments.rows == b
+        content["segments"] = [
+            (values[mine] - b * S if name == "first" else values[mine]).tolist()
+            for name, values in vars(batch.segments).items()
+            if name != "rows"
+        ]
         content["samples"] = (batch.sample_ids[b], batch.sample_hashes[b])
         yield plan_row, {name: value for name, value in content.items() if value != (b"", [], [], [])}
 
@@ -115,14 +122,20 @@ def all_rows(stream: Iterable[StepWindow]) -> dict[int, dict[str, Any]]:
     return rows
 
 
+SEGMENTS = PackingConfig(contrastive_share=0.6)
+"""Documents and one-span segments in the same rows."""
+
+
 @pytest.fixture(scope="module")
 def reference(stream_data: Any) -> list[StepWindow]:
-    return windows(config_of(stream_data, ("birds", "talk")), 14)
+    stream = windows(config_of(stream_data, ("birds", "talk"), packing=SEGMENTS), 14)
+    assert sum(len(batch.segments) for window in stream for batch in window.micro_batches) > 50
+    return stream
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(stream_data: Any, reference: list[StepWindow], workers: int) -> None:
-    config = config_of(stream_data, ("birds", "talk"), workers=workers)
+    config = config_of(stream_data, ("birds", "talk"), workers=workers, packing=SEGMENTS)
     assert_equal_windows(windows(config, 14), reference)
 
 
@@ -132,7 +145,7 @@ def test_resume_is_bit_identical(stream_data: Any, reference: list[StepWindow], 
     assert len(text) < 4000
     state = StreamState.from_json(text)
     assert state == reference[step - 1].state
-    config = config_of(stream_data, ("birds", "talk"), workers=workers)
+    config = config_of(stream_data, ("birds", "talk"), workers=workers, packing=SEGMENTS)
     assert_equal_windows(windows(config, 14 - step, state=state), reference[step:])
 
 
@@ -140,7 +153,7 @@ def test_resume_is_bit_identical(stream_data: Any, reference: list[StepWindow], 
 def test_rows_and_their_content_do_not_depend_on_ranks(
     stream_data: Any, reference: list[StepWindow], world: int, B: int
 ) -> None:
-    config = config_of(stream_data, ("birds", "talk"))
+    config = config_of(stream_data, ("birds", "talk"), packing=SEGMENTS)
     expected = all_rows(reference)
     found: dict[int, dict[str, Any]] = {}
     for rank in range(world):

@@ -143,6 +143,7 @@ def test_a_plan_is_a_function_of_content_not_of_place(stream_data: Any, tmp_path
         {"block_samples": 41},
         {"geometry": replace(GEOMETRY, image_max_tokens=399)},
         {"packing": PackingConfig(images=3)},
+        {"packing": PackingConfig(contrastive_share=0.5)},
         {"names": ("talk",)},
         {"names": ("birds", "talk")},
     ],

@@ -34,7 +34,7 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (corpus / f"item{number}.png").write_bytes(file.getvalue())
         (corpus / f"item{number}.txt").write_text(f"picture number {number}: " + "words of many kinds " * (number % 7))
     manifest = build(FolderSource(root=corpus), folder / "shards", BuildOptions())
-    train_tokenizer(manifest, 340, folder / "tokenizer.model")
+    train_tokenizer([manifest], 340, folder / "tokenizer.model")
     write_token_counts(manifest, folder / "tokenizer.model")
     path = folder / "run.yaml"
     path.write_text(
@@ -58,6 +58,24 @@ def test_plan_prints_one_json_object(run_yaml: Path, capsys: pytest.CaptureFixtu
         assert report["steps_per_epoch"] == -(-report["rows"] // 4)
         assert report["left_out"] == {}
         assert report["fill_without_last"] >= report["fill"]
+
+
+def test_plan_shows_parts_alone(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(run_yaml), "data.packing.contrastive_share=1"]
+    assert main([*command, "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["lengths"]
+    assert report["left_out"] == {}
+    # Fewer rows than a contrastive group has, so all of them are in one: 30 pictures and 30 captions.
+    assert (report["segments_per_group"], report["items_per_group"]) == (2 * DOCUMENTS, DOCUMENTS)
+    # A picture of 35 tokens goes with bos, start marker and eos, once more than in its document.
+    assert report["tokens"]["image"] == 2 * DOCUMENTS * 5 * 7
+    assert report["alone_tokens"] > DOCUMENTS * (35 + 3 + 2)
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "tokens in parts alone" in shown
+    assert f"{report['alone_tokens']:,}" in shown
+    assert main(["plan", str(run_yaml)]) == 0
+    assert "alone" not in capsys.readouterr().out
 
 
 def test_plan_says_what_is_left_out(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,14 +25,15 @@ class SampleTexts:
     texts: list[str | None]
 
 
-def read_texts(manifest: Manifest, shard_number: int) -> Iterator[SampleTexts]:
+def read_texts(manifest: Manifest, shard_number: int, *, split: str | None = None) -> Iterator[SampleTexts]:
     """Yield the texts of every sample of a shard, in tar order; media bytes are not touched.
 
-    Every text is checked against its hash in the index.
+    Every text is checked against its hash in the index. `split`: only samples whose label `split` is this.
 
     Raises ShardMissingError where the tar is gone, ShardDamagedError where a text differs from the index.
     """
-    columns = read_index(manifest, shard_number, _COLUMNS).to_pydict()
+    columns = read_index(manifest, shard_number, [*_COLUMNS, *(["labels"] if split else [])]).to_pydict()
+    labels = columns.pop("labels", None)
     path = manifest.tar_path(shard_number)
     if not columns["key"]:
         return
@@ -44,7 +45,10 @@ def read_texts(manifest: Manifest, shard_number: int) -> Iterator[SampleTexts]:
     except (OSError, ValueError) as error:
         raise ShardDamagedError(f"{path} cannot be read ({error}): run `triweave verify {manifest.root}`") from None
     with view:
-        for key, offset, size, modalities, hashes in zip(*(columns[name] for name in _COLUMNS), strict=True):
+        rows = zip(*(columns[name] for name in _COLUMNS), strict=True)
+        for number, (key, offset, size, modalities, hashes) in enumerate(rows):
+            if labels is not None and json.loads(labels[number]).get("split") != split:
+                continue
             texts = _texts_of(view[offset : offset + size], modalities, hashes)
             if texts is None:
                 raise ShardDamagedError(

@@ -51,6 +51,8 @@ class Tokenizer:
     hash: xxh3_128 (hex) of the model file.
     media: modality name -> MediaTokens, for registered and reserved modalities.
     markers: chat marker -> token id.
+    unwritable: ids that no text encodes to (pad, bos, eos, unknown, every marker); generation must not draw them, eos
+        excepted.
     """
 
     def __init__(self, model: bytes, name: str) -> None:
@@ -81,6 +83,7 @@ class Tokenizer:
             if f"{marker[:-2]}_pad|>" in controls
         }
         self.markers = {marker: controls[marker] for marker in CHAT_MARKERS if marker in controls}
+        self.unwritable = frozenset({_PAD_ID, _BOS_ID, _EOS_ID, _UNKNOWN_ID, *controls.values()})
         ends = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
         if not self.media or len(self.markers) < len(CHAT_MARKERS) or ends != (_PAD_ID, _BOS_ID, _EOS_ID):
             raise TokenizerError(
@@ -165,16 +168,19 @@ class TrainingReport:
 
 
 def train_tokenizer(
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     vocab_size: int,
     out_path: Path,
     *,
+    split: str | None = None,
     seed: int = 0,
     sample_bytes: int = SAMPLE_BYTES,
     character_coverage: float = CHARACTER_COVERAGE,
     progress: Callable[[int], None] | None = None,
 ) -> TrainingReport:
     """Train a tokenizer of `vocab_size` tokens, markers and bytes included, on the shards' texts; write it atomically.
+
+    split: only samples whose label `split` is this, so that held-out text stays unseen.
 
     Equal arguments give equal bytes, in any process and for any order of shards. A corpus above `sample_bytes` is
     sampled: the pieces of text (at most 1000 characters each) with the smallest xxh3_64(seed, sample key, part, piece).
@@ -186,15 +192,18 @@ def train_tokenizer(
     if out_path.is_dir():
         raise TokenizerError(f"--out {out_path} is a folder: name a file in it, such as {out_path / 'tokenizer.model'}")
     sample = _TextSample(seed=seed, limit_bytes=sample_bytes)
-    for shard_number in range(len(manifest.shards)):
-        for texts in read_texts(manifest, shard_number):
+    shards = [(manifest, number) for manifest in manifests for number in range(len(manifest.shards))]
+    for manifest, shard_number in shards:
+        for texts in read_texts(manifest, shard_number, split=split):
             for part, text in enumerate(texts.texts):
                 if text:
                     sample.add(texts.key, part, text)
             if progress is not None:
                 progress(1)
     if not sample.texts:
-        raise TokenizerError(f"{manifest.root} holds no text: a tokenizer needs shards with text parts")
+        roots = ", ".join(str(manifest.root) for manifest in manifests)
+        where = f" in the split {split!r}" if split else ""
+        raise TokenizerError(f"{roots} holds no text{where}: a tokenizer needs shards with text parts")
     model = _train(sample.sentences(), vocab_size, character_coverage)
     try:
         out_path.parent.mkdir(parents=True, exist_ok=True)

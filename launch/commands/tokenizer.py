@@ -3,6 +3,7 @@
 examples:
   triweave tokenizer train shards/tuxpaint --vocab-size 8192 --out tokenizer.model
   triweave tokenizer train shards/tuxpaint --vocab-size 8192 --out tokenizer.model --json
+  triweave tokenizer train shards/tuxpaint shards/asterisk --split train --vocab-size 4096 --out tokenizer.model
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from triweave.data_pipeline.errors import TokenizerError
 from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.splits import SPLITS
 from triweave.data_pipeline.text.tokenizer import SAMPLE_BYTES, train_tokenizer
 from triweave.launch.progress import sample_progress
 
@@ -23,9 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser(
-        "train", help="train on the text parts of a shard folder", description="Train on a shard folder's text parts."
+        "train",
+        help="train on the text parts of shards",
+        description="Train on the text parts of one or several shard folders.",
     )
-    train.add_argument("shards", metavar="SHARDS", type=Path, help="folder made by `triweave build`")
+    train.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="folders made by `triweave build`")
+    train.add_argument("--split", choices=SPLITS, help="only samples of this split, so that held-out text stays unseen")
     train.add_argument(
         "--vocab-size", metavar="V", type=int, required=True, help="tokens, with 256 bytes and the markers"
     )
@@ -45,13 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Train and print what came out."""
     if arguments.sample_mb < 1:
         raise TokenizerError(f"--sample-mb={arguments.sample_mb}: must be at least 1")
-    manifest = Manifest.load(arguments.shards)
+    manifests = [Manifest.load(folder) for folder in arguments.shards]
     started = time.monotonic()
-    with sample_progress("reading text", manifest.samples) as advance:
+    with sample_progress("reading text", sum(manifest.samples for manifest in manifests)) as advance:
         report = train_tokenizer(
-            manifest,
+            manifests,
             arguments.vocab_size,
             arguments.out,
+            split=arguments.split,
             seed=arguments.seed,
             sample_bytes=arguments.sample_mb * 1_000_000,
             progress=advance,

@@ -59,7 +59,7 @@ def test_a_modality_of_ones_own_flows_through_untouched_code(
     )
     old = StepLoader(config, rank=0, world_size=1, global_batch_rows=1, micro_batch_rows=1)
     assert old.planner.block(0).left_out == {UNKNOWN_MODALITY: 6}
-    train_tokenizer(manifest, 320, tmp_path / "tokenizer.model")
+    train_tokenizer([manifest], 320, tmp_path / "tokenizer.model")
     write_token_counts(manifest, tmp_path / "tokenizer.model")
     config = replace(config, tokenizer=str(tmp_path / "tokenizer.model"))
     window = next(iter(StepLoader(config, rank=0, world_size=1, global_batch_rows=1, micro_batch_rows=1)))

@@ -18,7 +18,7 @@ from triweave.data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
 @pytest.fixture(scope="module")
 def model(tiny_shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_tokenizer(tiny_shards, 480, out)
+    train_tokenizer([tiny_shards], 480, out)
     return out
 
 

@@ -25,7 +25,7 @@ VOCAB_SIZE = 480
 @pytest.fixture(scope="module")
 def path(tiny_shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_tokenizer(tiny_shards, VOCAB_SIZE, out)
+    train_tokenizer([tiny_shards], VOCAB_SIZE, out)
     return out
 
 
@@ -74,7 +74,7 @@ def test_a_corpus_full_of_markers_learns_none_of_them(tmp_path):
     for number in range(30):
         (corpus / f"{number}.txt").write_text(f"<|image|><|image_pad|> {number} <|end|></s> owl", encoding="utf-8")
     out = tmp_path / "hostile.model"
-    train_tokenizer(build(FolderSource(root=corpus), tmp_path / "shards", BuildOptions()), 295, out)
+    train_tokenizer([build(FolderSource(root=corpus), tmp_path / "shards", BuildOptions())], 295, out)
     tokenizer = Tokenizer.load(out)
     ids = tokenizer.encode("<|image|><|image_pad|> <|end|></s>")
     assert not set(ids.tolist()) & all_markers(tokenizer)
@@ -90,7 +90,7 @@ def test_the_marker_ids_are_distinct_and_cover_registry_and_reserve(tokenizer):
 
 def test_a_registered_modality_gets_markers(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setitem(MODALITIES, "sensor", MODALITIES["image"])
-    train_tokenizer(tiny_shards, VOCAB_SIZE, tmp_path / "sensor.model")
+    train_tokenizer([tiny_shards], VOCAB_SIZE, tmp_path / "sensor.model")
     assert "sensor" in Tokenizer.load(tmp_path / "sensor.model").media
 
 
@@ -99,7 +99,7 @@ def test_training_is_reproducible_in_another_process_and_for_other_shard_sizes(t
     program = (
         "import sys; from pathlib import Path; from triweave.data_pipeline.shards.manifest import Manifest;"
         "from triweave.data_pipeline.text.tokenizer import train_tokenizer;"
-        f"train_tokenizer(Manifest.load(sys.argv[1]), {VOCAB_SIZE}, Path(sys.argv[2]))"
+        f"train_tokenizer([Manifest.load(sys.argv[1])], {VOCAB_SIZE}, Path(sys.argv[2]))"
     )
     out = tmp_path / "again.model"
     subprocess.run([sys.executable, "-c", program, str(manifest.root), str(out)], check=True, capture_output=True)
@@ -137,17 +137,17 @@ def test_long_texts_are_cut_without_losing_a_character(text):
 @pytest.mark.parametrize("vocab_size", [-1, 0, 3, 100, 300, 200_000])
 def test_an_impossible_vocabulary_names_the_limit_and_the_limit_works(tiny_shards, vocab_size, tmp_path):
     with pytest.raises(TokenizerError, match=rf"^vocab_size={vocab_size} .*at (least|most) (\d+)$") as caught:
-        train_tokenizer(tiny_shards, vocab_size, tmp_path / "out.model")
+        train_tokenizer([tiny_shards], vocab_size, tmp_path / "out.model")
     assert not list(tmp_path.iterdir())
     limit = int(str(caught.value).rsplit(" ", 1)[1])
-    train_tokenizer(tiny_shards, limit, tmp_path / "out.model")
+    train_tokenizer([tiny_shards], limit, tmp_path / "out.model")
     assert Tokenizer.load(tmp_path / "out.model").vocab_size == limit
 
 
 def test_shards_without_text_are_refused(tmp_path):
     manifest = Manifest(root=tmp_path, shards=())
     with pytest.raises(TokenizerError, match="holds no text"):
-        train_tokenizer(manifest, 400, tmp_path / "out.model")
+        train_tokenizer([manifest], 400, tmp_path / "out.model")
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
@@ -217,4 +217,4 @@ class TestReadTexts:
 
 def test_a_vocabulary_beyond_int32_is_one_line(tiny_shards, tmp_path):
     with pytest.raises(TokenizerError, match=r"^vocab_size=99999999999: "):
-        train_tokenizer(tiny_shards, 99_999_999_999, tmp_path / "tokenizer.model")
+        train_tokenizer([tiny_shards], 99_999_999_999, tmp_path / "tokenizer.model")

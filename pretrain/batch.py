@@ -33,6 +33,8 @@ class DeviceBatch:
 
     payloads keeps the order of PackedBatch; the model goes through its own towers in their fixed order.
     tiles: tile tables of the self-attention, on the CPU; None where the batch came without (`kernel_tables`).
+    segment_index: int64 [L] flat positions in B * S of the C one-span segments, one segment after the other.
+    segment_lengths, segment_modality: int64 [C] positions and modality of each; their lengths sum to L.
     """
 
     tokens: Tensor
@@ -45,6 +47,9 @@ class DeviceBatch:
     row_weight: Tensor
     row_modality: Tensor
     contrastive_group: Tensor
+    segment_index: Tensor
+    segment_lengths: Tensor
+    segment_modality: Tensor
     payloads: dict[str, DevicePayload] = field(default_factory=dict)
     tiles: dict[str, Tensor] | None = None
 
@@ -71,6 +76,8 @@ def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
         for name, payload in batch.payloads.items()
     }
     tables = batch.extra.get(ATTENTION_TILES)
+    segments = batch.segments
+    spans = [first + np.arange(length) for first, length in zip(segments.first, segments.lengths, strict=True)]
     return DeviceBatch(
         tiles=None if tables is None else {name: _move(table, torch.device("cpu")) for name, table in tables.items()},
         tokens=_move(batch.tokens, target),
@@ -83,6 +90,9 @@ def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
         row_weight=_move(batch.row_weight, target),
         row_modality=_move(batch.row_modality, target),
         contrastive_group=_move(batch.contrastive_group, target),
+        segment_index=_move(np.concatenate([np.empty(0, np.int64), *spans]), target),
+        segment_lengths=_move(segments.lengths.astype(np.int64), target),
+        segment_modality=_move(segments.modality.astype(np.int64), target),
         payloads=payloads,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import typing
@@ -59,6 +60,35 @@ class RunConfig:
             raise PretrainError("run_dir is empty; name the folder this run writes to")
         if not 0 <= self.seed < SEED_LIMIT:
             raise PretrainError(f"seed is {self.seed}; it must be in [0, 2**63)")
+        if self.model.objectives.get("contrastive"):
+            self._check_contrastive()
+
+    def _check_contrastive(self) -> None:
+        """Raise PretrainError unless the data has segments, and every group of them lies within one step."""
+        packing, rows = self.data.packing, self.train.global_batch_rows
+        if not packing.contrastive_share > 0:
+            raise PretrainError(
+                "model.objectives has contrastive but data.packing.contrastive_share is 0, so no part is packed alone; "
+                "set data.packing.contrastive_share=1.0, or remove contrastive from model.objectives"
+            )
+        if rows % packing.contrastive_group_rows:
+            fitting = math.gcd(rows, packing.contrastive_group_rows)
+            raise PretrainError(
+                f"train.global_batch_rows is {rows}, no multiple of data.packing.contrastive_group_rows="
+                f"{packing.contrastive_group_rows}, so groups would be cut by steps; set "
+                f"data.packing.contrastive_group_rows to {rows} or another divisor of it, such as {fitting}"
+            )
+
+    def check_resume_row(self, row: int) -> None:
+        """Raise PretrainError where going on at plan row `row` would cut contrastive groups by steps."""
+        group_rows = self.data.packing.contrastive_group_rows
+        if self.model.objectives.get("contrastive") and row % group_rows:
+            raise PretrainError(
+                f"the checkpoint goes on at plan row {row}, no multiple of data.packing.contrastive_group_rows="
+                f"{group_rows}, so groups would be cut by steps; set it to a divisor of {row} and of "
+                f"train.global_batch_rows={self.train.global_batch_rows}, such as "
+                f"{math.gcd(row, self.train.global_batch_rows)}"
+            )
 
     def check_world(self, world_size: int) -> None:
         """Raise PretrainError where `world_size` ranks cannot all get a row of every step."""

@@ -30,11 +30,13 @@ class Flops:
     """Logits of supervised positions."""
     towers: int
     """Embedding of media tokens."""
+    contrastive: int = 0
+    """Projection of pooled segments; the cosines are of the whole step and counted nowhere."""
 
     @property
     def forward(self) -> int:
         """Sum of the parts."""
-        return self.projections + self.attention + self.head + self.towers
+        return self.projections + self.attention + self.head + self.towers + self.contrastive
 
     @property
     def training(self) -> int:
@@ -50,6 +52,7 @@ def count_flops(batch: PackedBatch, config: ModelConfig, vocab_size: int) -> Flo
     attention    4 layers H K sum over queries (kv_hi - kv_lo)
     head         2 N V D
     towers       2 media tokens x features x D
+    contrastive  2 C D E for C segments, 0 without the objective
     """
     D, H, G, K = config.d_model, config.heads, config.kv_heads, config.head_width
     tokens = int(np.count_nonzero(batch.modality_ids != PADDING_ID))
@@ -61,6 +64,7 @@ def count_flops(batch: PackedBatch, config: ModelConfig, vocab_size: int) -> Flo
         attention=4 * config.layers * H * K * pairs,
         head=2 * len(batch.targets) * vocab_size * D,
         towers=2 * media * D,
+        contrastive=2 * len(batch.segments) * D * config.contrastive.width if "contrastive" in config.objectives else 0,
     )
 
 

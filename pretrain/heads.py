@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.kernels.linear_cross_entropy import linear_cross_entropy
 from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.losses import MODALITY_SLOTS, HeadSums
@@ -46,7 +49,49 @@ class LanguageModelHead(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-HEADS: dict[str, type[LanguageModelHead]] = {
+class ContrastiveHead(nn.Module):
+    """One embedding per one-span segment: u / sqrt(|u|^2 + 1e-12),  u = mean of the segment's hidden states @ W[m].
+
+    It returns the embeddings and no loss: that is a sum over pairs of the whole step, of all ranks and micro-batches.
+    All modalities' matrices are one parameter, so that a rank without sounds still takes part in its reduction; a
+    micro-batch without segments gives it, and all below, gradients of exactly 0.
+    """
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:  # noqa: ARG002 - heads are made alike
+        super().__init__()
+        settings = config.contrastive
+        modalities = 1 + max(modality.id for modality in MODALITIES.values())
+        self.weight = nn.Parameter(torch.empty(modalities, config.d_model, settings.width))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(settings.initial_scale)]))
+        self.offset = nn.Parameter(torch.tensor([settings.initial_bias]))  # not called bias: those start at 0
+
+    def forward(self, hidden: Tensor, batch: DeviceBatch) -> HeadSums:
+        """Return embeddings [C, E] and calibration [2] = (scale, bias) of hidden [B, S, D], both fp32; total is 0."""
+        embeddings = self.embed(hidden, batch)
+        calibration = torch.cat([self.log_scale.float().exp(), self.offset.float()])
+        nothing = embeddings.new_empty(0)
+        return HeadSums(
+            total=embeddings.new_zeros(()),
+            per_modality=nothing,
+            lse=nothing,
+            embeddings=embeddings,
+            calibration=calibration,
+        )
+
+    def embed(self, hidden: Tensor, batch: DeviceBatch) -> Tensor:
+        """Return the unit embeddings [C, E], fp32, of the segments of hidden [B, S, D]."""
+        states = hidden.flatten(0, 1)[batch.segment_index].float()
+        lengths = batch.segment_lengths
+        summed = torch.segment_reduce(states, "sum", lengths=lengths, axis=0, unsafe=True)
+        pooled = (summed / lengths[:, None]).to(self.weight.dtype)
+        projected = torch.einsum("cd,mde->cme", pooled, self.weight)
+        own = projected[torch.arange(len(lengths), device=hidden.device), batch.segment_modality].float()
+        embeddings: Tensor = own * (own.square().sum(1, keepdim=True) + 1e-12).rsqrt()
+        return embeddings
+
+
+HEADS: dict[str, type[LanguageModelHead] | type[ContrastiveHead]] = {
     "language_model": LanguageModelHead,
+    "contrastive": ContrastiveHead,
 }
 """Objective name -> head class."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Set
+from collections.abc import Collection, Set
 from typing import cast
 
 import torch
@@ -14,7 +14,8 @@ from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.decoder import Decoder
 from triweave.pretrain.embedders import EMBEDDERS, PatchEmbedder
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.heads import HEADS, LanguageModelHead
+from triweave.pretrain.heads import HEADS, ContrastiveHead, LanguageModelHead
+from triweave.pretrain.kv_cache import KeyValueCache
 from triweave.pretrain.losses import LossSums, combine
 from triweave.pretrain.model_config import ModelConfig
 from triweave.pretrain.participation import tie_zero
@@ -47,19 +48,24 @@ class MultimodalTransformer(nn.Module):
             self.heads["language_model"].weight = self.token_embedding.weight
         initialise(self, config, seed)
 
-    def forward(self, batch: DeviceBatch, guards: Set[str] = frozenset()) -> LossSums:
-        """Return the loss sums of one micro-batch.
+    def forward(
+        self, batch: DeviceBatch, guards: Set[str] = frozenset(), only: Collection[str] | None = None
+    ) -> LossSums:
+        """Return the loss sums of one micro-batch, over the heads `only` where given.
 
         guards: modalities that this rank does not hold but must take part in. Their towers run on one zero token,
             change nothing in the result, and get gradients of exactly 0. A tower neither held nor guarded is not
             called and gets no gradient.
         """
         hidden = self.hidden(batch, guards)
-        sums = {name: head(hidden, batch) for name, head in self.heads.items()}
+        sums = {name: head(hidden, batch) for name, head in self.heads.items() if only is None or name in only}
         return combine(sums, self.config.objectives)
 
-    def hidden(self, batch: DeviceBatch, guards: Set[str] = frozenset()) -> Tensor:
-        """Return the final hidden states [B, S, D]; raises PretrainError for a payload without a tower."""
+    def hidden(self, batch: DeviceBatch, guards: Set[str] = frozenset(), cache: KeyValueCache | None = None) -> Tensor:
+        """Return the final hidden states [B, S, D]; raises PretrainError for a payload without a tower.
+
+        cache: for decoding, what came before the batch's positions in each row; see `Decoder.forward`.
+        """
         for name in batch.payloads:
             if name not in self.towers:
                 raise PretrainError(
@@ -77,8 +83,20 @@ class MultimodalTransformer(nn.Module):
                 zeros = cast(PatchEmbedder, tower).zero_payload(x.device)
                 x = tie_zero(x, tower(*zeros))
         x = x.view(rows, length, width)
-        hidden: Tensor = self.decoder(x, batch.positions, batch.kv_lo, batch.kv_hi, batch.tiles)
+        hidden: Tensor = self.decoder(x, batch.positions, batch.kv_lo, batch.kv_hi, batch.tiles, cache)
         return hidden
+
+    def embed(self, batch: DeviceBatch) -> Tensor:
+        """Return the unit embeddings [C, E], fp32, of the batch's one-span segments; with whole (ungathered) weights.
+
+        Raises PretrainError for a model without the contrastive head.
+        """
+        if "contrastive" not in self.heads:
+            raise PretrainError(
+                f"the model has the heads {', '.join(self.heads)} but no contrastive one, so it makes no embeddings; "
+                "train with model.objectives.contrastive above 0"
+            )
+        return cast(ContrastiveHead, self.heads["contrastive"]).embed(self.hidden(batch), batch)
 
     def logits(self, batch: DeviceBatch) -> Tensor:
         """Return the language model's logits [B, S, V] at every position, padding included."""

@@ -7,10 +7,44 @@ from typing import Literal
 
 from triweave.pretrain.errors import PretrainError
 
-OBJECTIVES = ("language_model",)
+OBJECTIVES = ("language_model", "contrastive")
 """Names of the heads registry, known here without torch."""
 FFN_WIDTH_MULTIPLE = 32
 """The feed-forward width is rounded up to a multiple of this, so that matrix units are filled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """The objective `contrastive`: documents' parts, each encoded alone, find each other by cosine."""
+
+    loss: Literal["sigmoid", "infonce"] = "sigmoid"
+    """sigmoid judges every pair by itself (SigLIP); infonce picks the partner among all candidates (CLIP)."""
+    width: int = 128
+    """Numbers E of one embedding."""
+    scale: float | None = None
+    """Initial factor of the cosines, learnt; null: 10 for sigmoid, 1 / 0.07 for infonce, which is cut at 100."""
+    bias: float | None = None
+    """Initial number added to the scaled cosines, learnt; null: -10 for sigmoid, 0 for infonce, which ignores it."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise PretrainError(f"model.contrastive.width is {self.width}; it must be at least 1")
+        if self.scale is not None and not self.scale > 0:
+            raise PretrainError(f"model.contrastive.scale is {self.scale}; it must be above 0, or null")
+
+    @property
+    def initial_scale(self) -> float:
+        """Factor of the cosines at the start."""
+        if self.scale is not None:
+            return self.scale
+        return 10.0 if self.loss == "sigmoid" else 1 / 0.07
+
+    @property
+    def initial_bias(self) -> float:
+        """What is added to the scaled cosines at the start."""
+        if self.bias is not None:
+            return self.bias
+        return -10.0 if self.loss == "sigmoid" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +83,9 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: least memory, about a third more compute."""
     objectives: dict[str, float] = field(default_factory=lambda: {"language_model": 1.0})
-    """Head name -> weight of its loss in the sum."""
+    """Head name -> weight w of its loss: language_model per supervised token + w * contrastive per positive pair."""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Settings of the objective `contrastive`, where objectives names it."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "layers", "heads", "kv_heads", "head_width", "ffn_multiple", "rope_theta"):
@@ -77,6 +113,8 @@ class ModelConfig:
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise PretrainError(f"model.objectives names {name!r}; known: {', '.join(OBJECTIVES)}")
+        if "language_model" not in self.objectives:
+            raise PretrainError("model.objectives leaves out language_model; name it, with weight 0 to train without")
 
     @property
     def sections(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
+from triweave.pretrain.contrastive import live_segments
 from triweave.pretrain.errors import ParticipationError
 from triweave.pretrain.losses import MODALITY_SLOTS, weight_by_modality
 from triweave.pretrain.world import World
@@ -61,6 +62,7 @@ class Window:
     towers: names in the model's order.
     calls: bool [ranks, micro-batches, towers].
     weights: float64 [MODALITY_SLOTS] supervised weight of the step by what the target follows, over all ranks.
+    segments: int64 [ranks, micro-batches] one-span segments that take part in a contrastive loss.
     tokens: positions of the step that are no padding, over all ranks.
     data_wait_s: longest wait for data of any rank.
     """
@@ -68,6 +70,7 @@ class Window:
     towers: tuple[str, ...]
     calls: npt.NDArray[np.bool_]
     weights: npt.NDArray[np.float64]
+    segments: npt.NDArray[np.int64]
     tokens: int
     data_wait_s: float
 
@@ -94,7 +97,7 @@ class Window:
 def announce(
     world: World, towers: Sequence[str], micro_batches: Sequence[PackedBatch], *, data_wait_s: float = 0.0
 ) -> Window:
-    """Exchange the coming window's tower calls and supervised weights; collective, once per optimizer step.
+    """Exchange the coming window's tower calls, weights and segments; collective, once per optimizer step.
 
     Raises ParticipationError on all ranks when a rank holds a modality the model has no tower for.
     """
@@ -104,7 +107,8 @@ def announce(
         calls[index] = [name in batch.payloads for name in towers]
     weights = np.sum([weight_by_modality(batch) for batch in micro_batches], axis=0)
     tokens = sum(int((batch.modality_ids >= 0).sum()) for batch in micro_batches)
-    rows = world.gather(np.concatenate([[len(unknown), data_wait_s, tokens], weights, calls.ravel()]))
+    segments = [np.count_nonzero(live_segments(batch)) for batch in micro_batches]
+    rows = world.gather(np.concatenate([[len(unknown), data_wait_s, tokens], weights, segments, calls.ravel()]))
     if rows[:, 0].any():
         world.agree(
             ParticipationError(
@@ -114,11 +118,12 @@ def announce(
             if unknown
             else None
         )
-    head = 3 + MODALITY_SLOTS
+    head = 3 + MODALITY_SLOTS + len(micro_batches)
     return Window(
         towers=tuple(towers),
         calls=rows[:, head:].reshape(world.size, len(micro_batches), len(towers)).astype(bool),
-        weights=rows[:, 3:head].sum(axis=0),
+        weights=rows[:, 3 : 3 + MODALITY_SLOTS].sum(axis=0),
+        segments=rows[:, 3 + MODALITY_SLOTS : head].astype(np.int64),
         tokens=int(rows[:, 2].sum()),
         data_wait_s=float(rows[:, 1].max()),
     )
@@ -161,12 +166,12 @@ class TowerWatch:
             if self._entered[name] != int(name in expected):
                 raise self._miscount(name, expected)
 
-    def check_gradients(self, loss: torch.Tensor, expected: frozenset[str]) -> None:
-        """Raise ParticipationError unless exactly the parameters of the expected towers will get gradients from loss.
+    def check_gradients(self, outputs: Sequence[torch.Tensor], expected: frozenset[str]) -> None:
+        """Raise ParticipationError unless the outputs give gradients to exactly the expected towers' parameters.
 
         Walks the autograd graph, a few microseconds per node, so the answer is there before any backward hook reduces.
         """
-        reached = gradient_parameters(loss)
+        reached = gradient_parameters(*outputs)
         for name, parameters in self._parameters.items():
             for key, parameter_name in parameters.items():
                 if (key in reached) != (name in expected):
@@ -190,10 +195,10 @@ class TowerWatch:
         return ParticipationError(f"rank {self._world.rank}: module towers.{module} {what}, {self._where}")
 
 
-def gradient_parameters(loss: torch.Tensor) -> set[int]:
-    """Return the ids of the leaf tensors that `loss.backward()` will give a gradient."""
+def gradient_parameters(*outputs: torch.Tensor) -> set[int]:
+    """Return the ids of the leaf tensors that a backward pass from the outputs will give a gradient."""
     found: set[int] = set()
-    stack = [loss.grad_fn] if loss.grad_fn is not None else []
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()

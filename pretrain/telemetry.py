@@ -30,7 +30,9 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
     loss: objective per supervised token. loss_by_modality: cross-entropy per supervised token that follows text only,
     a picture, a sound ...; a modality without such tokens in the step is left out. step_s: the whole step with the
     longest wait for data of any rank. tokens: every position that is no padding, over all ranks. memory_bytes: peak of
-    rank 0.
+    rank 0. With the contrastive objective also contrastive_pairs (positives of the step), objective (loss and weighted
+    contrastive loss together) and, where there are pairs, contrastive_loss per positive pair and contrastive_accuracy,
+    the share of queries whose nearest candidate in their group is their own partner.
     """
     window = result.window
     seconds = result.step_s + window.data_wait_s
@@ -45,6 +47,7 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
         "supervised_by_modality": {
             name: float(window.weights[index]) for name, index in modality_slots().items() if window.weights[index]
         },
+        **_contrastive(result),
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "tokens": window.tokens,
@@ -57,6 +60,16 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
         "memory_bytes": peak_memory_bytes(),
         "time_s": time.time(),
     }
+
+
+def _contrastive(result: StepResult) -> dict[str, float]:
+    figures = result.contrastive
+    if figures is None:
+        return {}
+    known = {"objective": result.objective, "contrastive_pairs": figures.pairs}
+    if not figures.pairs:
+        return known
+    return {**known, "contrastive_loss": figures.loss, "contrastive_accuracy": figures.accuracy}
 
 
 def modality_slots() -> dict[str, int]:
@@ -100,8 +113,11 @@ class Telemetry:
         self._file.flush()
         for name, value in _flat(metrics):
             self._board.add_scalar(name, value, result.step)
+        pairs = ""
+        if "contrastive_loss" in metrics:
+            pairs = f"  contrastive {metrics['contrastive_loss']:.4f} ({metrics['contrastive_accuracy']:.0%})"
         text = (
-            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  lr {metrics['lr']:.2e}  "
+            f"loss {metrics['loss']:.4f}{pairs}  {metrics['tokens_per_s']:,.0f} tokens/s  lr {metrics['lr']:.2e}  "
             f"|g| {metrics['grad_norm']:.2f}  data wait {metrics['data_wait_fraction']:.0%}"
         )
         if self._line is not None:

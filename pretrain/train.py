@@ -95,6 +95,9 @@ def _find_checkpoint(config: RunConfig, world: World) -> Checkpoint | None:
             print(f"triweave train: {message}", file=sys.stderr, flush=True)
 
     checkpoint = newest_whole_checkpoint(config.run_dir, world, tell=tell)
+    if checkpoint:
+        next_row = StreamState.from_json(checkpoint.state["stream"]).next_row
+        world.together(lambda: config.check_resume_row(next_row))
     tell(f"resuming from {checkpoint.folder}" if checkpoint else f"no checkpoint in {config.run_dir}, starting anew")
     return checkpoint
 

@@ -2,7 +2,8 @@
 
 The loss of a step is  sum over all ranks and micro-batches of the loss sums / global supervised weight.  DeepSpeed
 averages gradients over the ranks, so each micro-batch's sum is multiplied by  ranks / global weight  and its division
-by the accumulation count is switched off; the result does not depend on how the rows are split.
+by the accumulation count is switched off; the result does not depend on how the rows are split. The objective adds the
+contrastive mean per positive pair, which is one number of the whole step (`contrastive_window`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.batch import to_device
+from triweave.pretrain.contrastive_window import ContrastiveFigures, ContrastiveWindow
 from triweave.pretrain.errors import NonFiniteError, ParticipationError, PretrainError
 from triweave.pretrain.fragments import Fragment, fill_optimizer_state, fragments, publish_weights
-from triweave.pretrain.losses import MODALITY_SLOTS
+from triweave.pretrain.losses import MODALITY_SLOTS, LossSums
 from triweave.pretrain.optimizer import build_adamw, group_parameters
 from triweave.pretrain.participation import TowerWatch, Window, announce, name_samples
 from triweave.pretrain.schedule import learning_rate_factor
@@ -61,6 +64,8 @@ OWNED_KEYS = {
 }
 """Key of the DeepSpeed dict -> the setting of ours that decides it."""
 
+CONTRASTIVE = "contrastive"
+"""Name of the objective whose loss is computed over the whole step."""
 LARGEST_BUCKET = 500_000_000
 """Elements of the communication buckets of a model that is at least that large, DeepSpeed's own default."""
 
@@ -103,7 +108,10 @@ class TrainConfig:
 class StepResult:
     """What one optimizer step did, the same on every rank.
 
-    loss: the objective (cross-entropy plus z-loss) per supervised token of the step, nats.
+    loss: the language model's objective (cross-entropy plus z-loss) per supervised token of the step, nats, times its
+        weight; whether or not there is a contrastive objective.
+    contrastive: figures of the contrastive objective, None where the model has none.
+    objective: what the step minimises, loss + weight * contrastive.loss.
     cross_entropy: float64 [MODALITY_SLOTS] sums by what the target follows, nats; window.weights are the denominators.
     grad_norm: global L2 norm before clipping. lr: learning rate of the trunk and all towers. step_s: seconds.
     """
@@ -115,6 +123,8 @@ class StepResult:
     lr: float
     step_s: float
     window: Window
+    objective: float
+    contrastive: ContrastiveFigures | None = None
 
 
 def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -> dict[str, Any]:
@@ -173,6 +183,7 @@ class Engine:
 
         self.model, self.world, self.accumulation, self.step = model, world, accumulation, 0
         self._config = config
+        self._contrastive_weight = config.model.objectives.get(CONTRASTIVE, 0.0)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         persistent = sorted(
             set(model.state_dict(keep_vars=True)) - {n for n, _ in model.named_parameters(remove_duplicate=False)}
@@ -206,19 +217,29 @@ class Engine:
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         window = announce(self.world, self.towers, micro_batches, data_wait_s=data_wait_s)
         self._begin_window(window)
+        contrastive = self._contrastive_window(micro_batches, window)
         scale = self.world.size / window.supervised if window.supervised else 0.0
-        sums = torch.zeros(1 + MODALITY_SLOTS, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(2 + MODALITY_SLOTS, dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            total, per_modality = self._forward(batch, window, index)
-            self._deepspeed.backward(total * scale, scale_wrt_gas=False)
-            sums += torch.cat([total.detach().view(1), per_modality]).double()
+            found = self._forward(batch, window, index)
+            objective = found.total * scale
+            if contrastive is not None:
+                if self.accumulation == 1 and contrastive.holds_segments:
+                    contrastive.solve([_pooled(found)[0]], _pooled(found)[1])
+                objective = objective + contrastive.surrogate(found, index) * self.world.size
+            self._deepspeed.backward(objective, scale_wrt_gas=False)
+            sums += torch.cat([found.total.detach().view(1), _probe(found), found.per_modality]).double()
             if index < self.accumulation - 1:
                 self._deepspeed.step()
-        loss, *cross_entropy = self._reduce_sums(sums, micro_batches).tolist()
+        loss, _, *cross_entropy = self._reduce_sums(sums, micro_batches).tolist()
         grad_norm = self._update(micro_batches)
+        loss = loss / window.supervised if window.supervised else 0.0
+        figures = contrastive.figures if contrastive is not None else None
         return StepResult(
             step=self.step,
-            loss=loss / window.supervised if window.supervised else 0.0,
+            loss=loss,
+            objective=loss + (self._contrastive_weight * figures.loss if figures else 0.0),
+            contrastive=figures,
             cross_entropy=cross_entropy,
             grad_norm=grad_norm,
             lr=self.adamw.param_groups[0]["lr"],
@@ -249,21 +270,45 @@ class Engine:
         if buffer is not None:
             buffer.zero_()
 
-    def _forward(self, batch: PackedBatch, window: Window, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _contrastive_window(self, micro_batches: Sequence[PackedBatch], window: Window) -> ContrastiveWindow | None:
+        """Return the step's contrastive loss, solved by a pass without gradient where there are several micro-batches.
+
+        None for a model without that head. Only micro-batches in which some rank holds segments are passed.
+        """
+        if CONTRASTIVE not in self._config.model.objectives:
+            return None
+        settings = self._config.model.contrastive
+        solver = ContrastiveWindow(
+            self.world, window, micro_batches, loss=settings.loss, weight=self._contrastive_weight
+        )
+        if self.accumulation > 1 and solver.holds_segments:
+            embeddings = [torch.empty(0, settings.width, device=self.world.device) for _ in micro_batches]
+            calibration = None
+            with torch.no_grad():
+                for index in np.flatnonzero(window.segments.any(axis=0)).tolist():
+                    found = self._forward(micro_batches[index], window, index, only=(CONTRASTIVE,))
+                    embeddings[index], calibration = _pooled(found)
+            assert calibration is not None
+            solver.solve(embeddings, calibration)
+        return solver
+
+    def _forward(self, batch: PackedBatch, window: Window, index: int, only: tuple[str, ...] | None = None) -> LossSums:
         guards = window.guards(self.world.rank, index)
         expected = window.held(self.world.rank, index) | guards
         violation: ParticipationError | None = None
         try:
             with self._watch.forward_of(expected, step=self.step + 1, batch=batch):
-                sums = self._deepspeed(to_device(batch, self.world.device), guards)
-            self._watch.check_gradients(sums.total, expected)
+                found: LossSums = self._deepspeed(to_device(batch, self.world.device), guards, only)
+            if torch.is_grad_enabled():
+                outputs = [found.total] if found.embeddings is None else [found.total, found.embeddings]
+                self._watch.check_gradients(outputs, expected)
         except ParticipationError as error:
             if self._config.train.zero_stage == 3:
                 raise
             violation = error
         if self.world.size > 1 or violation:
             self.world.agree(violation)
-        return sums.total, sums.per_modality
+        return found
 
     def _reduce_sums(self, sums: torch.Tensor, micro_batches: Sequence[PackedBatch]) -> torch.Tensor:
         finite = bool(sums.isfinite().all())
@@ -294,3 +339,18 @@ class Engine:
             f"the {what} of step {self.step + 1} is not finite; rank {self.world.rank} held samples {samples}; "
             "lower optimizer.lr, or resume from the last checkpoint without these samples"
         )
+
+
+def _pooled(found: LossSums) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings and calibration without gradient, of a model that has them."""
+    assert found.embeddings is not None
+    assert found.calibration is not None
+    return found.embeddings.detach(), found.calibration.detach()
+
+
+def _probe(found: LossSums) -> torch.Tensor:
+    """Return [1], not finite where this micro-batch's own part in the contrastive loss is not."""
+    if found.embeddings is None:
+        return found.total.detach().new_zeros(1)
+    embeddings, calibration = _pooled(found)
+    return (embeddings.sum() + calibration.sum()).view(1)

@@ -134,9 +134,11 @@ def train_case(world: Any, *, case: str, zero_stage: int, accumulation: int, ste
     return {"losses": losses, "norms": norms, "snapshots": snapshots}
 
 
-def assemble(snapshots: Sequence[dict[str, Any]]) -> tuple[dict[str, Parameters], dict[str, float]]:
+def assemble(
+    snapshots: Sequence[dict[str, Any]], model: MultimodalTransformer | None = None
+) -> tuple[dict[str, Parameters], dict[str, float]]:
     """Return kind -> name -> flat array from all ranks' fragments, every element of every parameter covered."""
-    shapes = {name: parameter.numel() for name, parameter in build_model().named_parameters()}
+    shapes = {name: parameter.numel() for name, parameter in (model or build_model()).named_parameters()}
     whole = {kind: {name: np.full(numel, np.nan, np.float32) for name, numel in shapes.items()}
              for kind in ("weight", "exp_avg", "exp_avg_sq")}  # fmt: skip
     steps: dict[str, float] = {}

@@ -37,7 +37,8 @@ class Disobedient(MultimodalTransformer):
     fault = ""
     calls = 0
 
-    def forward(self, batch: DeviceBatch, guards: Any = frozenset()) -> LossSums:
+    def forward(self, batch: DeviceBatch, guards: Any = frozenset(), only: Any = None) -> LossSums:
+        assert only is None
         self.calls += 1
         if self.calls != 3:
             return super().forward(batch, guards)
@@ -86,11 +87,14 @@ def announced(world: Any) -> dict[str, Any]:
     """Announce two micro-batches that differ by rank; return what every rank then knows."""
     contents = [[[("image",), ()], [(), ()]], [[(), ()], [("image",), ()]]][world.rank]
     batches = [_batch(rows, seed=7 * world.rank + index) for index, rows in enumerate(contents)]
+    if world.rank == 1:
+        batches[1] = _with_segments(batches[1])
     window = announce(world, ("image", "audio"), batches, data_wait_s=1.5 * world.rank)
     return {
         "guards": [sorted(window.guards(world.rank, index)) for index in range(2)],
         "held": [sorted(window.held(world.rank, index)) for index in range(2)],
         "absent": sorted(window.absent),
+        "segments": window.segments.tolist(),
         "weights": window.weights.tolist(),
         "tokens": window.tokens,
         "data_wait_s": window.data_wait_s,
@@ -99,6 +103,14 @@ def announced(world: Any) -> dict[str, Any]:
             sum(int((batch.modality_ids >= 0).sum()) for batch in batches),
         ),
     }
+
+
+def _with_segments(batch: Any) -> Any:
+    """Return a batch with the same payload names and three segments that take part among five."""
+    synthetic = _engine_tasks()._load_sibling("synthetic")
+    item = synthetic.Document(parts=[[20], [21]], alone=True)
+    single, filler = synthetic.Document(parts=[[20]], alone=True), synthetic.with_weight([item], 0.0)[0]
+    return dataclasses.replace(synthetic.pack([[item, filler], [single]], 48), payloads=batch.payloads)
 
 
 def unknown_modality(world: Any) -> str:

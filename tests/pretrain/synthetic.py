@@ -4,17 +4,22 @@ Loaded by path (`tests` is no package): from conftest.py as the fixture `make_ba
 `importlib.util.spec_from_file_location`. The layout is the one every producer follows:
 
     [bos] then per part: text tokens | start marker + t*h*w placeholders (one bidirectional span); [eos]
+
+A document that is `alone` becomes one-span segments, one for each of its parts, each `[bos] part [eos]`: all positions
+see the whole segment, nothing is supervised.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from triweave.data_pipeline.batch import PADDING_ID, TEXT_ID, PackedBatch, Payload
+from triweave.data_pipeline.batch import PADDING_ID, TEXT_ID, PackedBatch, Payload, Segments
 
 VOCAB_SIZE = 64
 PAD, BOS, EOS = 0, 1, 2
@@ -38,15 +43,22 @@ Part = list[int] | Media
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Parts in order; weight is the loss weight of its targets (0 as in a filler)."""
+    """Parts in order; weight is the loss weight of its targets (0 as in a filler).
+
+    alone: its parts are one-span segments. group_key: of all its segments. content_keys: of its parts, None: hashes.
+    """
 
     parts: list[Part]
     weight: float = 1.0
+    alone: bool = False
+    group_key: int = 0
+    content_keys: list[int] | None = None
 
     @property
     def length(self) -> int:
         """Tokens of the document in a pack."""
-        return 2 + sum(len(part) if isinstance(part, list) else 1 + int(np.prod(part.grid)) for part in self.parts)
+        ends = 2 * (len(self.parts) if self.alone else 1)
+        return ends + sum(len(part) if isinstance(part, list) else 1 + int(np.prod(part.grid)) for part in self.parts)
 
 
 @dataclass
@@ -62,6 +74,8 @@ class _Row:
     media: list[tuple[int, int]] = field(default_factory=list)
     spans: list[tuple[Media, int]] = field(default_factory=list)
     supervised: list[tuple[int, int, float, int]] = field(default_factory=list)
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    alone: set[int] = field(default_factory=set)
 
 
 def random_document(
@@ -119,7 +133,9 @@ def make_batch(
     return pack(make_rows(rows, length=length, seed=seed, features=features), length, first_plan_row=first_plan_row)
 
 
-def pack(rows: Sequence[Sequence[Document]], length: int, *, first_plan_row: int = 0) -> PackedBatch:
+def pack(
+    rows: Sequence[Sequence[Document]], length: int, *, first_plan_row: int = 0, group_rows: int = 64
+) -> PackedBatch:
     """Lay documents out, row by row; a row without documents is a zero-loss row."""
     packs = [_fill(documents) for documents in rows]
     B, T = len(packs), max((len(row.media) for row in packs), default=0)
@@ -159,7 +175,10 @@ def pack(rows: Sequence[Sequence[Document]], length: int, *, first_plan_row: int
         targets=np.array([entry[1] for entry in supervised], np.int64),
         row_weight=np.array([entry[2] for entry in supervised], np.float32),
         row_modality=np.array([entry[3] for entry in supervised], np.int8),
-        contrastive_group=np.array([0 if row.tokens else -1 for row in packs], np.int32),
+        contrastive_group=np.array(
+            [(first_plan_row + number) // group_rows if row.tokens else -1 for number, row in enumerate(packs)],
+            np.int32,
+        ),
         payloads=_payloads(packs, length),
         planned_tokens=_counts(packs),
         actual_tokens=_counts(packs),
@@ -172,6 +191,7 @@ def pack(rows: Sequence[Sequence[Document]], length: int, *, first_plan_row: int
             for number, row in enumerate(packs)
         ],
         sample_hashes=[list(range(max(row.document, default=-1) + 1)) for row in packs],
+        segments=_segments(packs, length),
     )
 
 
@@ -191,7 +211,11 @@ def _text(generator: np.random.Generator, count: int) -> list[int]:
 
 def _fill(documents: Sequence[Document]) -> _Row:
     row = _Row()
-    for number, document in enumerate(documents):
+    for item, document in enumerate(documents):
+        if document.alone:
+            _add_segments(row, document, item)
+            continue
+        number = max(row.document, default=-1) + 1
         start, clock, latest = len(row.tokens), 0, TEXT_ID
         parts: list[Part] = [[BOS], *document.parts, [EOS]]
         for part in parts:
@@ -206,6 +230,56 @@ def _fill(documents: Sequence[Document]) -> _Row:
                 latest = MODALITY_IDS[part.modality]
                 clock = _add_media(row, part, number, start, clock)
     return row
+
+
+def _add_segments(row: _Row, document: Document, item: int) -> None:
+    keys = document.content_keys or [_content_key(part) for part in document.parts]
+    for part, key in zip(document.parts, keys, strict=True):
+        number, start = max(row.document, default=-1) + 1, len(row.tokens)
+        shown: list[Part] = [[BOS], part, [EOS]]
+        row.alone.add(number)
+        clock = 0
+        for piece in shown:
+            for token in piece if isinstance(piece, list) else [2 * MODALITY_IDS[piece.modality] + 1]:
+                row.positions.append((clock, clock, clock))
+                row.kv.append((start, start))
+                _append(row, token, TEXT_ID, number, -1)
+                clock += 1
+            if not isinstance(piece, list):
+                clock = _add_media(row, piece, number, start, clock)
+        row.kv[start:] = [(start, len(row.tokens))] * (len(row.tokens) - start)
+        row.segments.append({
+            "first": start, "length": len(row.tokens) - start, "item": item, "content_key": key,
+            "modality": TEXT_ID if isinstance(part, list) else MODALITY_IDS[part.modality],
+            "group_key": document.group_key, "weight": document.weight,
+        })  # fmt: skip
+
+
+def _content_key(part: Part) -> int:
+    content = repr(part).encode() if isinstance(part, list) else part.values.tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _segments(packs: Sequence[_Row], length: int) -> Segments:
+    found = sorted(
+        ((number, segment) for number, row in enumerate(packs) for segment in row.segments),
+        key=lambda entry: (entry[0], entry[1]["item"], entry[1]["modality"]),
+    )
+
+    def column(name: str, dtype: Any) -> npt.NDArray[Any]:
+        return np.array([segment[name] for _, segment in found], dtype)
+
+    rows = np.array([number for number, _ in found], np.int32)
+    return Segments(
+        first=rows.astype(np.int64) * length + column("first", np.int64),
+        lengths=column("length", np.int32),
+        modality=column("modality", np.int8),
+        rows=rows,
+        items=column("item", np.int32),
+        content_keys=column("content_key", np.uint64),
+        group_keys=column("group_key", np.uint64),
+        weights=column("weight", np.float32),
+    )
 
 
 def _add_media(row: _Row, media: Media, document: int, start: int, clock: int) -> int:
@@ -236,7 +310,11 @@ def _media_bounds(row: _Row) -> npt.NDArray[np.int32]:
         keys = [
             axis
             for axis, (where, _) in enumerate(row.media)
-            if (row.span[where] == span if span >= 0 else row.document[where] == document and where < query)
+            if (
+                row.span[where] == span
+                if span >= 0
+                else row.document[where] == document and (where < query or document in row.alone)
+            )
         ]
         if keys:
             bounds[query] = keys[0], keys[-1] + 1

@@ -14,7 +14,7 @@ def test_every_field_arrives_with_its_values_and_dtype(make_batch):
     batch = make_batch([("image", "audio"), None])
     moved = to_device(batch, "cpu")
     for item in dataclasses.fields(DeviceBatch):
-        if item.name not in ("payloads", "tiles"):
+        if item.name not in ("payloads", "tiles") and not item.name.startswith("segment_"):
             array = getattr(batch, item.name)
             assert getattr(moved, item.name).numpy().dtype == array.dtype
             np.testing.assert_array_equal(getattr(moved, item.name).numpy(), array)
@@ -22,6 +22,16 @@ def test_every_field_arrives_with_its_values_and_dtype(make_batch):
     for name, payload in batch.payloads.items():
         for item in dataclasses.fields(DevicePayload):
             np.testing.assert_array_equal(getattr(moved.payloads[name], item.name).numpy(), getattr(payload, item.name))
+
+
+def test_the_positions_of_segments_are_theirs_one_after_the_other(synthetic):
+    text, more = [20, 21], [22]
+    rows = [[synthetic.Document(parts=[text, more], alone=True)], [synthetic.Document(parts=[more], alone=True)]]
+    moved = to_device(synthetic.pack(rows, 10), "cpu")
+    assert moved.segment_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]
+    assert moved.segment_lengths.tolist() == [4, 3, 3]
+    assert moved.segment_modality.tolist() == [0, 0, 0]
+    assert to_device(synthetic.pack([[]], 10), "cpu").segment_index.dtype == torch.int64
 
 
 def test_tables_made_in_the_loader_give_the_loss_that_the_kernel_makes_by_itself(make_batch):

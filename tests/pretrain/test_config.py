@@ -7,7 +7,7 @@ from triweave.data_pipeline.errors import DataError
 from triweave.pretrain.config import load_config, save_resolved, to_plain
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.heads import HEADS
-from triweave.pretrain.model_config import OBJECTIVES, ModelConfig
+from triweave.pretrain.model_config import OBJECTIVES, ContrastiveConfig, ModelConfig
 
 MINIMAL = """
 run_dir: runs/x
@@ -18,6 +18,9 @@ model: {layers: 2, d_model: 64}
 optimizer: {lr: 1e-3}
 deepspeed: {zero_optimization: {reduce_bucket_size: 9}}
 """
+
+
+WITH_CONTRASTIVE = "model.objectives={language_model: 1, contrastive: 0.5}"
 
 
 @pytest.fixture
@@ -87,7 +90,13 @@ def test_overrides_reach_strings_lists_tuples_and_the_pass_through(path):
         ("model.head_width=15", "model.head_width is 15; .* even"),
         ("model.rope_sections=[1, 2, 3]", "must sum to head_width / 2 = 32"),
         ("model.objectives={}", "model.objectives is empty"),
-        ("model.objectives={contrastive: 1}", "model.objectives names 'contrastive'; known: language_model"),
+        ("model.objectives={vision: 1}", "model.objectives names 'vision'; known: language_model, contrastive"),
+        ("model.objectives={contrastive: 1}", "model.objectives leaves out language_model; name it, with weight 0"),
+        ("model.contrastive.loss=triplet", "sigmoid"),
+        ("model.contrastive.width=0", "model.contrastive.width is 0; it must be at least 1"),
+        ("model.contrastive.scale=0", "model.contrastive.scale is 0.0; it must be above 0, or null"),
+        ("model.contrastive.widht=3", "model.contrastive.widht: unknown key; did you mean model.contrastive.width"),
+        (WITH_CONTRASTIVE, "contrastive_share is 0, .* set data.packing.contrastive_share=1.0, or remove contrastive"),
         ("seed=-1", "seed is -1"),
         ("run_dir=", "run_dir is empty"),
         ("data.sequence_length=-3", "data.sequence_length"),
@@ -138,6 +147,36 @@ def test_more_ranks_than_rows_are_refused_with_the_line_that_fixes_it(path):
         config.check_world(5)
     with pytest.raises(PretrainError, match="start at least 1"):
         config.check_world(0)
+
+
+SHARED = (WITH_CONTRASTIVE, "data.packing.contrastive_share=0.5")
+
+
+def test_groups_that_steps_would_cut_are_refused_with_the_line_that_fixes_it(path):
+    whole = ("data.packing.contrastive_group_rows=4", "train.global_batch_rows=8")
+    load_config(path, [*SHARED, *whole])
+    with pytest.raises(PretrainError, match=r"global_batch_rows is 8, no multiple of .*=64, .* such as 8"):
+        load_config(path, [*SHARED, "train.global_batch_rows=8"])
+    with pytest.raises(PretrainError, match=r"global_batch_rows is 10, no multiple of .*=4, .* such as 2"):
+        load_config(path, [*SHARED, whole[0], "train.global_batch_rows=10"])
+    load_config(path, ["train.global_batch_rows=8"])  # without the objective nothing depends on it
+    load_config(path, ["train.global_batch_rows=8", WITH_CONTRASTIVE.replace("0.5", "0")])
+
+
+def test_a_resume_in_the_middle_of_a_group_is_refused(path):
+    config = load_config(path, [*SHARED, "data.packing.contrastive_group_rows=8", "train.global_batch_rows=8"])
+    config.check_resume_row(16)
+    with pytest.raises(PretrainError, match=r"goes on at plan row 12, no multiple of .*=8, .*, such as 4"):
+        config.check_resume_row(12)
+    load_config(path).check_resume_row(12)
+
+
+def test_initial_scale_and_bias_follow_the_loss():
+    sigmoid, infonce = ContrastiveConfig(), ContrastiveConfig(loss="infonce")
+    assert (sigmoid.initial_scale, sigmoid.initial_bias) == (10.0, -10.0)
+    assert (infonce.initial_scale, infonce.initial_bias) == (1 / 0.07, 0.0)
+    chosen = ContrastiveConfig(scale=3.0, bias=0.0)
+    assert (chosen.initial_scale, chosen.initial_bias) == (3.0, 0.0)
 
 
 def test_objective_names_and_the_heads_registry_agree():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +37,15 @@ def test_attention_counts_exactly_the_keys_each_query_sees(synthetic):
     assert flops.attention == 4 * 2 * 4 * 16 * 15
     assert flops.head == 2 * 4 * 64 * 32
     assert flops.training == 3 * flops.forward
+
+
+def test_the_contrastive_head_counts_one_projection_a_segment(synthetic):
+    item = synthetic.Document(parts=[[20, 21], [22]], alone=True)
+    batch = synthetic.pack([[item, item], [item]], 40)
+    learning = dataclasses.replace(CONFIG, objectives={"language_model": 1.0, "contrastive": 0.5})
+    plain, counted = (count_flops(batch, config, synthetic.VOCAB_SIZE) for config in (CONFIG, learning))
+    assert (plain.contrastive, counted.contrastive) == (0, 2 * 6 * 32 * 128)
+    assert counted.training - plain.training == 3 * counted.contrastive
 
 
 def test_padding_costs_nothing(synthetic, make_batch):

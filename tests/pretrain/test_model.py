@@ -286,3 +286,100 @@ def test_positions_of_an_image_grid_matter(build, synthetic):
         for media in (image, turned)
     ]
     assert totals[0] != totals[1]
+
+
+CONTRASTIVE = {"objectives": {"language_model": 1.0, "contrastive": 1.0}}
+
+
+@pytest.fixture
+def items(synthetic):
+    """An ordinary document beside two items of text, image and audio, each part alone."""
+    generator = np.random.default_rng(5)
+    made = [synthetic.random_document(generator, ("image",), synthetic.FEATURES)]
+    for _ in range(2):
+        media = [synthetic.random_media(generator, name, synthetic.FEATURES[name]) for name in ("image", "audio")]
+        made.append(synthetic.Document(parts=[[20, 21, 22], *media], alone=True))
+    return made
+
+
+def test_an_embedding_is_the_normalised_projection_of_the_mean_hidden_state(build, synthetic, items):
+    model = build(**CONTRASTIVE)
+    batch = synthetic.pack([items[1:], items[:1], items[2:]], 96)
+    found = model.embed(to_device(batch, "cpu"))
+    hidden = model.hidden(to_device(batch, "cpu")).flatten(0, 1)
+    assert len(found) == 9
+    for place, modality in enumerate(batch.segments.modality):
+        first = int(batch.segments.first[place])
+        pooled = hidden[first : first + int(batch.segments.lengths[place])].mean(0)
+        wanted = pooled @ model.heads["contrastive"].weight[int(modality)]
+        torch.testing.assert_close(found[place], wanted / wanted.norm(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(9))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["text", "image", "audio"])
+def test_changing_a_contrastive_partner_changes_the_other_embeddings_by_exactly_0(build, synthetic, items, part):
+    """Caption, picture and sound of one item stand side by side in a row and never see each other."""
+    model = build(**CONTRASTIVE)
+    other = synthetic.Document(parts=changed(items[1], part, synthetic).parts, alone=True)
+    before = synthetic.pack([items], 96)
+    after = synthetic.pack([[items[0], other, items[2]]], 96)
+    with torch.no_grad():
+        difference = (model.embed(to_device(before, "cpu")) - model.embed(to_device(after, "cpu"))).abs().amax(1)
+    own = (before.segments.items == 1) & (before.segments.modality == part)
+    assert difference[torch.from_numpy(own)].item() > 1e-4
+    assert torch.count_nonzero(difference[torch.from_numpy(~own)]) == 0
+
+
+def test_every_token_of_a_segment_reaches_its_embedding(build, synthetic, items):
+    model = build(**CONTRASTIVE)
+    before = synthetic.pack([items[:2]], 96)
+    first, length = int(before.segments.first[0]), int(before.segments.lengths[0])
+    for place in range(first, first + length):
+        after = synthetic.pack([items[:2]], 96)
+        after.tokens[0, place] = 50
+        with torch.no_grad():
+            moved = (model.embed(to_device(before, "cpu")) - model.embed(to_device(after, "cpu"))).abs().amax(1)
+        assert moved[0] > 1e-5, place
+        assert torch.count_nonzero(moved[1:]) == 0
+
+
+def test_the_contrastive_head_takes_part_without_segments(build, make_batch):
+    """C = 0: embeddings [0, E], and zero gradients for the head and everything below it."""
+    model = build(**CONTRASTIVE)
+    sums = model(to_device(make_batch(), "cpu"))
+    assert sums.embeddings.shape == (0, 128)
+    (sums.embeddings.sum() + 0 * sums.calibration.sum()).backward()
+    for name, parameter in model.named_parameters():
+        if name != "heads.language_model.weight":
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+    assert sums.total == build()(to_device(make_batch(), "cpu")).total
+
+
+def test_a_zero_projection_has_a_finite_embedding_and_gradient(build, synthetic, items):
+    model = build(**CONTRASTIVE)
+    with torch.no_grad():
+        model.heads["contrastive"].weight.zero_()
+    embeddings = model.embed(to_device(synthetic.pack([items], 96), "cpu"))
+    embeddings.sum().backward()
+    assert torch.count_nonzero(embeddings) == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_embeddings_of_bf16_weights_are_fp32_and_near(build, synthetic, items):
+    batch = to_device(synthetic.pack([items], 96), "cpu")
+    exact, rounded = (model.embed(batch) for model in (build(**CONTRASTIVE), build(**CONTRASTIVE).bfloat16()))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03)
+
+
+def test_the_head_starts_from_the_settings(build):
+    head = build(**CONTRASTIVE).heads["contrastive"]
+    assert head.weight.shape == (3, 32, 128)
+    assert head.log_scale.exp().item() == pytest.approx(10)
+    assert head.offset.item() == -10
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_model_without_the_contrastive_head_says_how_to_get_one(build, make_batch):
+    with pytest.raises(PretrainError, match=r"heads language_model but no contrastive one, .*objectives.contrastive"):
+        build().embed(to_device(make_batch(), "cpu"))

@@ -42,6 +42,7 @@ def test_announcement_tells_every_rank_the_same(rank_pool):
     assert (one["held"], one["guards"]) == ([["image"], []], [[], ["image"]])
     assert (other["held"], other["guards"]) == ([[], ["image"]], [["image"], []])
     for answer in (one, other):
+        assert answer["segments"] == [[0, 0], [0, 3]]
         assert answer["absent"] == ["audio"]
         assert answer["data_wait_s"] == 1.5
         assert sum(answer["weights"]) == one["mine"][0] + other["mine"][0]

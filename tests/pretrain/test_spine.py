@@ -33,7 +33,7 @@ def run_config(rank_pool, tmp_path_factory) -> Path:
     manifest = corpus.build(
         corpus.ManifestSource(root=records), folder / "birds", corpus.BuildOptions(shard_size_bytes=100_000)
     )
-    corpus.train_tokenizer(manifest, 400, folder / "tokenizer.model")
+    corpus.train_tokenizer([manifest], 400, folder / "tokenizer.model")
     corpus.write_token_counts(manifest, folder / "tokenizer.model")
     config = {
         "run_dir": str(folder / "unused"),
@@ -131,6 +131,45 @@ def test_any_layout_goes_on(train, straight, tmp_path):
     for line, wanted in zip(metrics(tmp_path), metrics(straight), strict=True):
         assert abs(line["loss"] - wanted["loss"]) <= 1e-6 * max(1, wanted["loss"]), line["step"]
     assert consumed(tmp_path) == consumed(straight)
+
+
+CONTRASTIVE = (
+    "model.objectives={language_model: 1.0, contrastive: 0.5}",
+    "model.contrastive.width=16",
+    "data.packing.contrastive_share=1.0",
+    "data.packing.contrastive_group_rows=4",
+)
+
+
+def test_a_contrastive_run_goes_on_to_the_bit_and_refuses_to_cut_a_group(train, tmp_path):
+    """Real shards, 2 ranks with accumulation: figures of every step; 4 + resume + 4 steps are 8."""
+    common = (*CONTRASTIVE, "schedule.total_steps=8")
+    assert train(tmp_path / "straight", 2, *common, "train.steps=8") == ["", ""]
+    assert train(tmp_path / "halves", 2, *common, "train.steps=4") == ["", ""]
+    wider = ("data.packing.contrastive_group_rows=32", "train.global_batch_rows=32")
+    for said in train(tmp_path / "halves", 2, *common, *wider, "train.steps=8", resume=True):
+        assert "goes on at plan row 16, no multiple of data.packing.contrastive_group_rows=32" in said
+    assert train(tmp_path / "halves", 2, *common, "train.steps=8", resume=True) == ["", ""]
+    straight, halves = metrics(tmp_path / "straight"), metrics(tmp_path / "halves")
+    kept = ("loss", "objective", "contrastive_loss", "contrastive_pairs", "contrastive_accuracy")
+    found, wanted = ([[line.get(name) for name in kept] for line in lines] for lines in (halves, straight))
+    assert found == wanted
+    assert files_of(tmp_path / "halves") == files_of(tmp_path / "straight")
+    assert sum(line["contrastive_pairs"] > 0 for line in straight) >= 6
+    for line in straight:  # a step may hold text-only documents alone
+        assert ("contrastive_loss" in line) == (line["contrastive_pairs"] > 0)
+        assert line["objective"] == pytest.approx(line["loss"] + 0.5 * line.get("contrastive_loss", 0))
+    assert straight[-1]["contrastive_loss"] < straight[0]["contrastive_loss"]
+
+
+def test_the_contrastive_loss_of_a_run_does_not_depend_on_the_ranks(train, tmp_path):
+    """The first step on 1 rank with 4 micro-batches and on 2 ranks with 2: one loss, the same pairs."""
+    first = []
+    for ranks in (1, 2):
+        assert train(tmp_path / str(ranks), ranks, *CONTRASTIVE, "train.steps=1") == [""] * ranks
+        first.append(metrics(tmp_path / str(ranks))[0])
+    assert first[0]["contrastive_pairs"] == first[1]["contrastive_pairs"]
+    assert first[0]["contrastive_loss"] == pytest.approx(first[1]["contrastive_loss"], rel=1e-6)
 
 
 def test_an_existing_run_is_not_overwritten(train, straight):

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from triweave.pretrain.contrastive_window import ContrastiveFigures
 from triweave.pretrain.participation import Window
 from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
 from triweave.pretrain.zero import StepResult
 
 
-def result(step: int) -> StepResult:
+def result(step: int, contrastive: ContrastiveFigures | None = None) -> StepResult:
     """A step of 0.5 s after a wait of 0.25 s: 6 text targets at 2 nats, 2 that follow a picture at 3; no audio."""
     weights, sums = np.zeros(8), [0.0] * 8
     weights[modality_slots()["text"]], weights[modality_slots()["image"]] = 6, 2
@@ -21,10 +22,14 @@ def result(step: int) -> StepResult:
         towers=("image", "audio"),
         calls=np.array([[[True, False]]]),
         weights=weights,
+        segments=np.array([[4]]),
         tokens=30,
         data_wait_s=0.25,
     )
-    return StepResult(step=step, loss=2.3, cross_entropy=sums, grad_norm=1.5, lr=1e-3, step_s=0.5, window=window)
+    return StepResult(
+        step=step, loss=2.3, cross_entropy=sums, grad_norm=1.5, lr=1e-3, step_s=0.5, window=window, objective=2.5,
+        contrastive=contrastive,
+    )  # fmt: skip
 
 
 def test_figures_of_a_step():
@@ -37,6 +42,29 @@ def test_figures_of_a_step():
     assert metrics["data_wait_fraction"] == pytest.approx(1 / 3)
     assert metrics["absent_towers"] == ["audio"]
     assert metrics["memory_bytes"] > 10_000_000
+
+
+def test_contrastive_figures_stand_only_where_there_are_any():
+    plain = step_metrics(result(4))
+    assert not {name for name in plain if name.startswith(("contrastive", "objective"))}
+    learnt = step_metrics(result(4, ContrastiveFigures(loss=0.8, pairs=3, accuracy=0.5)))
+    assert learnt["loss"] == 2.3
+    assert {name: learnt[name] for name in learnt if name not in plain} == {
+        "objective": 2.5, "contrastive_loss": 0.8, "contrastive_pairs": 3, "contrastive_accuracy": 0.5,
+    }  # fmt: skip
+    empty = step_metrics(result(4, ContrastiveFigures(loss=0.0, pairs=0, accuracy=0.0)))
+    assert {name for name in empty if name not in plain} == {"objective", "contrastive_pairs"}
+
+
+def test_the_progress_line_and_tensorboard_have_the_contrastive_figures(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1) as telemetry:
+        telemetry.step(result(1, ContrastiveFigures(loss=0.8, pairs=3, accuracy=0.5)))
+    assert "loss 2.3000  contrastive 0.8000 (50%)  " in capsys.readouterr().err
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("contrastive_accuracy")[0].value == 0.5
 
 
 def write(folder, first_step: int, steps: range, *, rank: int = 0) -> None:

@@ -25,8 +25,11 @@ COMMANDS = {
     "plan": "show what a config's packs look like: fill, rows, tokens per modality",
     "train": "train inside one rank (what the launcher starts)",
     "launch": "start ranks here or on a hostfile's machines with the DeepSpeed launcher",
+    "evaluate": "ask a trained model about what it has not seen, beside floors, a control and chance",
+    "report": "one self-contained HTML page about one run or several side by side",
+    "generate": "let a trained model go on from pictures, sounds and text",
     "demo": "everything on a small real corpus: fetch, build, train, kill, resume",
-    "bench": "measure the loader against webdataset and against bare decoding",
+    "bench": "measure the loader against webdataset, and generation with and without its cache",
 }
 
 

@@ -15,6 +15,7 @@ from triweave.kernels.attention import attention
 from triweave.kernels.qk_norm_rope import qk_norm_rope
 from triweave.kernels.rms_norm import rms_norm
 from triweave.kernels.swiglu import swiglu
+from triweave.pretrain.kv_cache import KeyValueCache, LayerCache
 from triweave.pretrain.model_config import ModelConfig
 
 Tiles = Mapping[str, Tensor] | None
@@ -48,8 +49,19 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(K))
         self.k_norm = nn.Parameter(torch.ones(K))
 
-    def forward(self, x: Tensor, positions: Tensor, kv_lo: Tensor, kv_hi: Tensor, tiles: Tiles = None) -> Tensor:
-        """Map x [B, S, D] to [B, S, D]; positions [B, S, 3], kv_lo and kv_hi [B, S]. A query without keys gets 0."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv_lo: Tensor,
+        kv_hi: Tensor,
+        tiles: Tiles = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map x [B, S, D] to [B, S, D]; positions [B, S, 3], kv_lo and kv_hi [B, S]. A query without keys gets 0.
+
+        cache: the keys of earlier calls, which the intervals then count from; x's own are added to it.
+        """
         config = self.config
         H, G, K = config.heads, config.kv_heads, config.head_width
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, K)).split((H, G, G), dim=2)
@@ -64,6 +76,8 @@ class Attention(nn.Module):
             theta=config.rope_theta,
             eps=config.norm_eps,
         )
+        if cache is not None:
+            k, v = cache.extend(k, v)
         mixed, _ = attention(q, k, v, kv_lo, kv_hi, tiles=tiles, impl=config.attention)
         projected: Tensor = self.out(mixed.flatten(2))
         return projected
@@ -94,9 +108,17 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, positions: Tensor, kv_lo: Tensor, kv_hi: Tensor, tiles: Tiles = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv_lo: Tensor,
+        kv_hi: Tensor,
+        tiles: Tiles = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Map x [B, S, D] to [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), positions, kv_lo, kv_hi, tiles)
+        x = x + self.attention(self.attention_norm(x), positions, kv_lo, kv_hi, tiles, cache)
         added: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return added
 
@@ -114,11 +136,27 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, kv_lo: Tensor, kv_hi: Tensor, tiles: Tiles = None) -> Tensor:
-        """Map embeddings [B, S, D] to normalised hidden states [B, S, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv_lo: Tensor,
+        kv_hi: Tensor,
+        tiles: Tiles = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Map embeddings [B, S, D] to normalised hidden states [B, S, D].
+
+        cache: for decoding; x are the S tokens that follow what it holds, padded on the right with empty intervals, and
+        kv_lo, kv_hi count the slots of its rows. It holds them afterwards.
+        """
+        if cache is not None:
+            cache.reserve(kv_lo, kv_hi)
         x = self.input_norm(x)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.blocks):
+            if cache is not None:
+                x = block(x, positions, kv_lo, kv_hi, tiles, cache.layers[number])
+            elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, positions, kv_lo, kv_hi, tiles, use_reentrant=False)
             else:
                 x = block(x, positions, kv_lo, kv_hi, tiles)

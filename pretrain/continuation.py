@@ -1,0 +1,156 @@
+"""Prompts that grow token by token: the logits of what comes next, with cached keys or by recomputing every position.
+
+B rows, one prompt each, padded on the right; V vocabulary. A new token is text: it stands one beyond the largest
+coordinate of its row on all three axes and sees its whole row, exactly as `data_pipeline.stream.collate` would have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triweave.data_pipeline.batch import PackedBatch
+from triweave.kernels.tiles import attention_tables
+from triweave.pretrain.batch import DeviceBatch, DevicePayload, kernel_tables, to_device
+from triweave.pretrain.heads import LanguageModelHead
+from triweave.pretrain.kv_cache import KeyValueCache
+from triweave.pretrain.model import MultimodalTransformer
+
+
+class Continuation:
+    """Rows of tokens to which tokens are appended.
+
+    logits: fp32 [B, V], of each row's next token. lengths: int64 [B] on the CPU, tokens of each row so far.
+    """
+
+    def __init__(self, model: MultimodalTransformer, prompts: PackedBatch, *, cache: bool = True) -> None:
+        """Read the prompts, one piece a row (`prompt_batch`); `cache=False` recomputes all positions at every token."""
+        self._model = model
+        self._cache = KeyValueCache(len(model.decoder.blocks), len(prompts.tokens)) if cache else None
+        device = model.token_embedding.weight.device
+        self._batch = to_device(replace(prompts, extra=kernel_tables(prompts)), device)
+        self.lengths = torch.from_numpy((prompts.kv_hi > prompts.kv_lo).sum(1))
+        self._next_position = torch.from_numpy(prompts.positions.max(axis=(1, 2)).astype(np.int64) + 1)
+        self.logits = self._read(self._batch, self.lengths - 1)
+
+    def append(self, tokens: Tensor) -> None:
+        """Append one token, int64 [B], to each row and find the logits after it."""
+        new = self._new_column(tokens)
+        if self._cache is None:
+            self._batch = _with_column(self._batch, new, self.lengths)
+            last = self.lengths
+        else:
+            self._batch, last = new, torch.zeros_like(self.lengths)
+        self.lengths = self.lengths + 1
+        self._next_position = self._next_position + 1
+        self.logits = self._read(self._batch, last)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these; their order stays."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        self.lengths, self._next_position = self.lengths[chosen], self._next_position[chosen]
+        if self._cache is None:
+            self._batch = _with_rows(self._batch, chosen)
+        else:
+            self._cache.keep(chosen)
+        self.logits = self.logits[chosen.to(self.logits.device)]
+
+    def _read(self, batch: DeviceBatch, last: Tensor) -> Tensor:
+        """Return the logits [B, V] at place `last` of each row of a batch."""
+        hidden = self._model.hidden(batch, cache=self._cache)
+        rows = torch.arange(len(last), device=hidden.device)
+        head = cast(LanguageModelHead, self._model.heads["language_model"])
+        return head.logits(hidden[rows, last.to(hidden.device)]).float()
+
+    def _new_column(self, tokens: Tensor) -> DeviceBatch:
+        """Return the new tokens as a batch of one position a row."""
+        device = self._batch.tokens.device
+        kv_hi = (self.lengths + 1).to(torch.int32).unsqueeze(1)
+        kv_lo = torch.zeros_like(kv_hi)
+        strips = _one_query_strips(self.lengths + 1)
+        return replace(
+            self._batch,
+            tokens=tokens.to(device, self._batch.tokens.dtype).unsqueeze(1),
+            positions=self._next_position.to(device, torch.int32).view(-1, 1, 1).expand(-1, -1, 3),
+            kv_lo=kv_lo.to(device),
+            kv_hi=kv_hi.to(device),
+            payloads={},
+            tiles={"segments": strips},
+        )
+
+
+def _one_query_strips(keys: Tensor) -> Tensor:
+    """Return the strips of `kernels.tiles.segments` for one query a row that sees keys [0, keys[b]); int32 [B, 6]."""
+    strips = torch.zeros(len(keys), 6, dtype=torch.int32)
+    strips[:, 0] = torch.arange(len(keys))
+    strips[:, 2] = 1
+    strips[:, 4] = keys
+    strips[:, 5] = keys
+    return strips
+
+
+def _with_column(batch: DeviceBatch, new: DeviceBatch, lengths: Tensor) -> DeviceBatch:
+    """Return the batch with the new position of each row right behind its own last one."""
+    rows, width = batch.tokens.shape
+    place = lengths.to(batch.tokens.device)
+    row = torch.arange(rows, device=place.device)
+    wider = int(lengths.max()) >= width
+
+    def put(old: Tensor, column: Tensor) -> Tensor:
+        grown = torch.cat([old, torch.zeros_like(column)], dim=1) if wider else old.clone()
+        grown[row, place] = column[:, 0]
+        return grown
+
+    kv_lo, kv_hi = put(batch.kv_lo, new.kv_lo), put(batch.kv_hi, new.kv_hi)
+    payloads = {
+        name: replace(payload, token_index=payload.token_index + payload.token_index // width)
+        for name, payload in batch.payloads.items()
+    }
+    return replace(
+        batch,
+        tokens=put(batch.tokens, new.tokens),
+        positions=put(batch.positions, new.positions),
+        kv_lo=kv_lo,
+        kv_hi=kv_hi,
+        payloads=payloads if wider else batch.payloads,
+        tiles=_tiles(kv_lo, kv_hi),
+    )
+
+
+def _with_rows(batch: DeviceBatch, rows: Tensor) -> DeviceBatch:
+    """Return the batch with only these rows and their media."""
+    width = batch.tokens.shape[1]
+    chosen = rows.to(batch.tokens.device)
+    payloads = {}
+    for name, payload in batch.payloads.items():
+        row = payload.token_index // width
+        kept = torch.isin(row, chosen)
+        first_tokens = payload.lengths.cumsum(0) - payload.lengths
+        items = kept[first_tokens.long()]
+        renumbered = torch.searchsorted(chosen, row[kept])
+        if items.any():
+            payloads[name] = DevicePayload(
+                values=payload.values[kept],
+                lengths=payload.lengths[items],
+                grids=payload.grids[items],
+                token_index=renumbered * width + payload.token_index[kept] % width,
+            )
+    return replace(
+        batch,
+        tokens=batch.tokens[chosen],
+        positions=batch.positions[chosen],
+        kv_lo=batch.kv_lo[chosen],
+        kv_hi=batch.kv_hi[chosen],
+        payloads=payloads,
+        tiles=_tiles(batch.kv_lo[chosen], batch.kv_hi[chosen]),
+    )
+
+
+def _tiles(kv_lo: Tensor, kv_hi: Tensor) -> dict[str, Tensor]:
+    tables = attention_tables(kv_lo.cpu().numpy(), kv_hi.cpu().numpy())
+    return {name: torch.from_numpy(table) for name, table in tables.items()}

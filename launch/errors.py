@@ -4,7 +4,8 @@ LaunchError
 ├── HostfileError        a hostfile that cannot be read, or a line of it
 ├── PreflightError       what a run needs is not there, found before any process started
 ├── LauncherMissingError deepspeed or pdsh is not installed
-└── DemoError            a stage of the demo failed
+├── DemoError            a stage of the demo failed
+└── ReportError          a report cannot be made of what is there
 """
 
 
@@ -26,3 +27,7 @@ class LauncherMissingError(LaunchError):
 
 class DemoError(LaunchError):
     """A stage of the demo failed."""
+
+
+class ReportError(LaunchError):
+    """A report cannot be made: a run without metrics, or a file of it that cannot be read."""

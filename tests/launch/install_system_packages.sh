@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Install the Debian packages that `make install` and the two-hosts test need, if any is missing. Needs root and apt-get; says what it does.
+# Install the Debian packages that `make install`, the two-hosts test and the tests of the report in a browser need, if any
+# is missing. Needs root and apt-get; says what it does.
 # Exit 0 when everything is there, 1 when something is still missing.
 set -euo pipefail
 
 # program=package
-wanted=(make=make g++=g++ ip=iproute2 sshd=openssh-server ssh=openssh-client ssh-keygen=openssh-client pdsh=pdsh)
+wanted=(make=make g++=g++ ip=iproute2 sshd=openssh-server ssh=openssh-client ssh-keygen=openssh-client pdsh=pdsh
+  chromium=chromium)
 PATH="$PATH:/usr/sbin:/sbin"
 
 missing=()
 for pair in "${wanted[@]}"; do
   command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
 done
+# a browser without a font draws no text
+[ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || missing+=(fonts-dejavu-core)
 if ((${#missing[@]} == 0)); then
   echo "system packages: all there"
   exit 0

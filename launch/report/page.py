@@ -1,0 +1,259 @@
+"""The page: sections in the order a visitor wants them, rendered into one HTML file that loads nothing.
+
+Every text goes through the template's escaping; the style sheet is named by its hash in the page's policy, which allows
+nothing else but data: pictures and sounds. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triweave.launch.report import figures
+from triweave.launch.report.figures import Plot
+from triweave.launch.report.run_files import ReportRun
+from triweave.launch.report.samples import CAPTION_TOKENS, RunSamples
+from triweave.launch.report.sections import (
+    Fact,
+    Table,
+    caption_table,
+    classification_table,
+    differing_settings,
+    efficiency_table,
+    key_facts,
+    key_table,
+    loss_table,
+    machine_table,
+    retrieval_table,
+)
+from triweave.launch.report.verdict import Verdict, judge
+from triweave.launch.report.wording import listing
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+TEMPLATE_NAME = "page.html.j2"
+STYLE_NAME = "page.css"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What one run writes under a sample."""
+
+    run: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A sample with the captions of all runs that have it."""
+
+    modality: str
+    uri: str
+    truth: str
+    about: str
+    captions: Sequence[Caption]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardGroup:
+    """Cards under a heading."""
+
+    title: str
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """A text that opens on demand."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page; what is empty does not show."""
+
+    id: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    samples: Sequence[CardGroup] = ()
+    folded: Sequence[Folded] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHead:
+    """What stands above the sections for each run."""
+
+    name: str
+    verdict: Verdict
+    facts: Sequence[Fact]
+
+
+def render_page(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> str:
+    """Return the page of one run or of several side by side; samples belong to the runs in order."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    css = (folder / STYLE_NAME).read_text(encoding="utf-8")
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
+    environment.filters["code"] = _with_code
+    return environment.get_template(TEMPLATE_NAME).render(
+        title=listing([run.name for run in runs]),
+        policy=content_policy(css),
+        css=Markup(css),
+        many=len(runs) > 1,
+        runs=[RunHead(name=run.name, verdict=judge(run), facts=key_facts(run)) for run in runs],
+        key_table=key_table(runs),
+        sections=page_sections(runs, samples),
+    )
+
+
+def _with_code(text: str) -> Markup:
+    """Return the text, escaped, with what stands between `backticks` as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def content_policy(css: str) -> str:
+    """Return the page's Content-Security-Policy: this style sheet, data: pictures and sounds, nothing else."""
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    allowed = (f"style-src 'sha256-{digest}'", "img-src data:", "media-src data:")
+    return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", "form-action 'none'"])
+
+
+def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> list[Section]:
+    """Return the sections from the top of the page to its end."""
+    contrastive = figures.contrastive_plots(runs)
+    return [
+        Section(
+            id="losses",
+            title="Loss",
+            paragraphs=(
+                "Cross-entropy of the tokens that follow text only, a picture or a sound. Thin: single steps; strong: "
+                "their running mean; dotted: the best model that ignores all context, where the demo has computed it.",
+            ),
+            plots=figures.loss_plots(runs),
+            tables=(loss_table(runs),),
+        ),
+        *([Section(id="contrastive", title="Contrastive loss", plots=contrastive)] if contrastive else []),
+        *_evaluation_sections(runs),
+        _sample_section(runs, samples),
+        Section(
+            id="efficiency",
+            title="Time, packs and memory",
+            plots=figures.efficiency_plots(runs),
+            tables=(efficiency_table(runs),),
+        ),
+        Section(id="machine", title="Machine and versions", tables=(machine_table(runs),)),
+        _config_section(runs),
+    ]
+
+
+def _evaluation_sections(runs: Sequence[ReportRun]) -> list[Section]:
+    missing = [
+        f"{run.name} has not been evaluated: run `triweave evaluate {run.folder}`, then this report again."
+        for run in runs
+        if run.evaluation is None
+    ]
+    if len(missing) == len(runs):
+        return [Section(id="retrieval", title="Retrieval and captions", paragraphs=missing)]
+    stated = [*(_evaluation_words(run) for run in runs if run.evaluation), *missing]
+    sections = []
+    if table := retrieval_table(runs):
+        stated.append(
+            "Marks: chance, classical floors computed in the same run, and the control trained on shuffled pairs."
+        )
+        sections.append(
+            Section(
+                id="retrieval",
+                title="Retrieval",
+                paragraphs=stated,
+                plots=figures.retrieval_plots(runs),
+                tables=(table,),
+            )
+        )
+        stated = []
+    if table := caption_table(runs):
+        words = "How much worse a caption is predicted when its picture or sound is exchanged for another one."
+        plots = figures.caption_plots(runs)
+        sections.append(
+            Section(id="captions", title="Captions", paragraphs=(*stated, words), plots=plots, tables=(table,))
+        )
+        stated = []
+    if table := classification_table(runs):
+        sections.append(Section(id="classification", title="Classification", paragraphs=stated, tables=(table,)))
+    return sections
+
+
+def _evaluation_words(run: ReportRun) -> str:
+    evaluation = run.evaluation
+    assert evaluation is not None
+    where = f"the {evaluation.split} split" if evaluation.split else "the fold it left out"
+    where = f"{evaluation.folds} folds" if evaluation.folds else where
+    late = "" if evaluation.step == run.steps else f" (the run has gone on to step {run.steps:,})"
+    return f"{run.name}: evaluated at step {evaluation.step:,}{late} on {where}; intervals are 95 %, by bootstrap."
+
+
+def _sample_section(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> Section:
+    paragraphs = [
+        f"{run.name}: no samples: {own.reason or 'the shards hold no picture or sound with a text'}."
+        for run, own in zip(runs, samples, strict=True)
+        if not own.samples
+    ]
+    shown = [own for own in samples if own.samples]
+    if shown:
+        steps = listing([f"{step:,}" for step in dict.fromkeys(own.step for own in shown)])
+        held_out = all(sample.held_out for own in shown for sample in own.samples)
+        origin = "held-out documents" if held_out else "documents that the run may have been trained on"
+        paragraphs.append(
+            f"Drawn by hash from {origin}, evenly over categories, none picked by hand. Captions are greedy, at most "
+            f"{CAPTION_TOKENS} tokens, by the checkpoint of step {steps}."
+        )
+    cards = _cards(runs, samples)
+    titles = {"image": "Pictures", "audio": "Sounds"}
+    groups = [
+        CardGroup(title=title, cards=own)
+        for modality, title in titles.items()
+        if (own := [card for card in cards if card.modality == modality])
+    ]
+    return Section(id="samples", title="Samples", paragraphs=paragraphs, samples=groups)
+
+
+def _cards(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> list[Card]:
+    """Return one card for every sample, with the captions of all runs that show it."""
+    captions: dict[tuple[str, str], list[Caption]] = {}
+    first: dict[tuple[str, str], Card] = {}
+    for run, own in zip(runs, samples, strict=True):
+        for sample in own.samples:
+            key = (sample.modality, sample.key)
+            captions.setdefault(key, []).append(Caption(run=run.name, text=sample.generated))
+            first.setdefault(
+                key,
+                Card(
+                    modality=sample.modality,
+                    uri=sample.uri,
+                    truth=sample.truth,
+                    about=sample.about,
+                    captions=captions[key],
+                ),
+            )
+    return list(first.values())
+
+
+def _config_section(runs: Sequence[ReportRun]) -> Section:
+    differing = differing_settings(runs)
+    folded = [Folded(title=f"config.yaml of {run.name}", text=run.config_text) for run in runs if run.config_text]
+    missing = [f"{run.name} has no config.yaml." for run in runs if not run.config_text]
+    tables = (differing,) if differing else ()
+    return Section(id="config", title="Config", paragraphs=missing, tables=tables, folded=folded)

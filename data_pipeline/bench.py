@@ -39,7 +39,8 @@ from triweave.data_pipeline.shards.manifest import Manifest, ShardEntry, file_xx
 from triweave.data_pipeline.shards.schema import TextPart, document_from_json
 from triweave.data_pipeline.stream.catalog import ShardCatalog
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import Piece, PieceMaker, Run, row_pieces
+from triweave.data_pipeline.stream.content import Piece, PieceMaker
+from triweave.data_pipeline.stream.layout import Run, row_pieces
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.reader import ShardReader
 from triweave.data_pipeline.text.token_counts import write_token_counts

@@ -106,10 +106,10 @@ def draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator])
     """Return one token per row of logits [B, V], int64 [B] on the CPU; ties go to the smaller id.
 
     streams: the random stream of each row; one number is drawn from it unless the temperature is 0.
-    Raises PretrainError for logits that are NaN.
+    Raises PretrainError for logits that are NaN or infinite; -inf is a token that cannot be drawn.
     """
     logits = logits.detach().to("cpu", torch.float64)
-    if logits.isnan().any():
+    if not (logits < math.inf).all():  # NaN fails it too
         raise PretrainError("the model's logits are not numbers: its training diverged; load an earlier checkpoint")
     if sampling.temperature == 0:
         return logits.argmax(-1)

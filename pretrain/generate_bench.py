@@ -19,7 +19,8 @@ from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import Piece, Run
+from triweave.data_pipeline.stream.content import Piece
+from triweave.data_pipeline.stream.layout import Run
 from triweave.pretrain.continuation import Continuation
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.model import MultimodalTransformer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,13 @@ def locate(path: str | Path, config: RunConfig, run_dir: Path) -> Path:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    try:
+    target: torch.device | None = None
+    with suppress(RuntimeError):
         target = torch.device(device)
-    except RuntimeError:
-        raise PretrainError(f"device {device!r} is not known; use cpu or cuda") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise PretrainError(f"device {device!r}: there is no CUDA device here; use cpu")
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise PretrainError(f"device {str(device)!r} is not known; use cpu or cuda")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise PretrainError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices here; use cpu")
     return target
 
 

@@ -55,6 +55,8 @@ def fetch_whole(corpus: str, out: Path, prepare: Prepare, report: Report) -> Fet
         return fetched
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FetchError(f"--out {out}: holds something else; choose a new or an empty folder")
+    if out.is_symlink() or out.resolve() == Path.cwd():  # no rename takes their place, as would show after the download
+        raise FetchError(f"--out {out}: is a link or the current folder; name the folder itself, or a new one in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))  # apt wants it absolute
@@ -67,7 +69,7 @@ def fetch_whole(corpus: str, out: Path, prepare: Prepare, report: Report) -> Fet
         fetched = _completed(corpus, prepared, prepare(prepared, aside))
         prepared.replace(out)  # an empty folder of that name gives way
     except OSError as error:
-        raise FetchError(f"--out {out}: {error.strerror or error}; nothing is left behind") from None
+        raise FetchError(f"--out {out}: {_reason(error)}; nothing is left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     report(f"{out}: {fetched.files} files, {fetched.total_bytes / 1e6:.0f} MB")
@@ -85,6 +87,14 @@ def _already_there(corpus: str, out: Path) -> Fetched | None:
     if fetched.corpus != corpus:
         raise FetchError(f"--out {out}: holds the corpus {fetched.corpus}; choose another folder for {corpus}")
     return fetched
+
+
+def _reason(error: OSError) -> str:
+    """Return what went wrong with which file, in one line; of the many failures of a copied tree the first."""
+    if isinstance(error, shutil.Error):
+        reasons = sorted(reason for _, _, reason in error.args[0])
+        return reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else "")
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
 def _completed(corpus: str, prepared: Path, origin: Origin) -> Fetched:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -61,7 +62,7 @@ def module_folder(folder: Path, module: str, aside: Path, help_line: str) -> Pat
         raise FetchError(f"--from {folder}: holds neither {module}/ nor {module}-*.whl; {help_line}")
     try:
         _unpack_wheel(wheels[-1], module, aside)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise FetchError(f"{wheels[-1]}: damaged or no wheel ({error}): download it again") from None
     return aside / module
 

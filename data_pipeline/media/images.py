@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from triweave.data_pipeline.errors import DataError, MediaError
 from triweave.data_pipeline.media.geometry import MediaInfo
@@ -296,6 +296,8 @@ def _one_media_error(data: bytes) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # Pillow's own text names an address in memory
+            reason = "its first bytes are of none of them"
         raise MediaError(
             f"image of {len(data)} bytes: not a readable {', '.join(_FORMATS)} file ({reason}); "
             f"replace it or leave it out"

@@ -15,6 +15,7 @@ supervised.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,16 +76,10 @@ def collate(
     flat = row * S + place
     modality = runs.modality[run]
     is_media = modality > 0
-    alone = np.asarray([piece.alone is not None for piece in pieces], bool)
-    in_segment = alone[runs.piece[run]]
+    in_segment = np.asarray([piece.alone is not None for piece in pieces], bool)[runs.piece[run]]
     kv_lo, kv_hi = _sees(runs, run, place, row_first[row], is_media, in_segment)
     tokens = np.concatenate([piece.tokens for piece in pieces]) if pieces else np.empty(0, np.int32)
-
-    def scatter(values: npt.NDArray[Any], empty: int, dtype: Any) -> npt.NDArray[Any]:
-        result = np.full((B * S, *values.shape[1:]), empty, dtype)
-        result[flat] = values
-        return result.reshape(B, S, *values.shape[1:])
-
+    scatter = partial(_scatter, flat, B, S)
     media_axis = _media_axis(runs, run, row, place, is_media, modality, in_segment, B)
     piece_of_row = runs.piece - np.searchsorted(row_of_piece, np.arange(B))[runs.row]
     supervised = _supervised(runs, run, is_media | in_segment)
@@ -111,10 +106,17 @@ def collate(
         planned_tokens=_by_name(modality),
         actual_tokens=_by_name(modality[weight[runs.piece[run]] > 0]),
         plan_rows=plan_rows,
-        segments=_segments(pieces, row_of_piece, row_first, S) if alone.any() else Segments.none(),
+        segments=_segments(pieces, row_of_piece, row_first, S) if in_segment.any() else Segments.none(),
         sample_ids=[[piece.sample_id for piece in row.pieces] for row in rows],
         sample_hashes=[[piece.sample_hash for piece in row.pieces] for row in rows],
     )
+
+
+def _scatter(flat: Int, B: int, S: int, values: npt.NDArray[Any], empty: int, dtype: Any) -> npt.NDArray[Any]:
+    """Return [B, S, ...] with `values` [count, ...] at the places `flat` of B * S, and `empty` elsewhere."""
+    result = np.full((B * S, *values.shape[1:]), empty, dtype)
+    result[flat] = values
+    return result.reshape(B, S, *values.shape[1:])
 
 
 def _compact(runs: _Runs, B: int, S: int) -> tuple[Int, Int]:

@@ -13,6 +13,8 @@ A file of prompts is a JSON or YAML list of parts, or a list of such lists:
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,9 @@ from triweave.data_pipeline.batch import TEXT_ID, PackedBatch
 from triweave.data_pipeline.errors import MediaError, PromptError
 from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES, modality_of_extension
-from triweave.data_pipeline.splits import normalise_text
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import AloneSpan, Piece, Run
+from triweave.data_pipeline.stream.content import AloneSpan, Piece, text_key
+from triweave.data_pipeline.stream.layout import Run
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 MAX_MEDIA_FILE_BYTES = 1 << 30
@@ -66,12 +68,11 @@ def read_media(path: str | Path, modality: str | None = None) -> PromptMedia:
             raise MediaError(f"{path}: no picture or sound by its ending; known endings: {endings}")
         modality = known.name
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_MEDIA_FILE_BYTES:
-            raise MediaError(f"{path}: {size_bytes} bytes, at most {MAX_MEDIA_FILE_BYTES} are read; cut or shrink it")
-        content = path.read_bytes()
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be read: {error.strerror}; pass an existing {modality} file") from None
+        content = _read_at_most(path, MAX_MEDIA_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot be read: {_reason(error)}; pass an existing {modality} file") from None
+    if content is None:
+        raise MediaError(f"{path}: more than {MAX_MEDIA_FILE_BYTES} bytes, which is all that is read; cut or shrink it")
     return probe_media(modality, content, name=str(path))
 
 
@@ -184,8 +185,7 @@ class _Draft:
 
 def _alone(part: PromptPart) -> AloneSpan:
     if isinstance(part, str):
-        key = xxhash.xxh3_64_intdigest(normalise_text(part).encode())
-        return AloneSpan(item=0, modality=TEXT_ID, content_key=key, group_key=0)
+        return AloneSpan(item=0, modality=TEXT_ID, content_key=text_key(part), group_key=0)
     key = xxhash.xxh3_64_intdigest(part.content)
     return AloneSpan(item=0, modality=MODALITIES[part.modality].id, content_key=key, group_key=0)
 
@@ -197,17 +197,34 @@ def _decode(media: PromptMedia, geometry: MediaGeometry) -> Any:
         raise MediaError(f"{media.name}: {error}") from error
 
 
+def _read_at_most(path: Path, limit_bytes: int) -> bytes | None:
+    """Return a file's bytes, None where they are more; the limit holds for pipes and devices, which have no size.
+
+    Raises OSError, and ValueError for a path that cannot be one.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit_bytes:
+            return None
+        content = file.read(limit_bytes + 1)
+    return content if len(content) <= limit_bytes else None
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def _parse(path: Path) -> Any:
     import yaml
 
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_PROMPT_FILE_BYTES:
-            raise PromptError(f"{path}: {size_bytes} bytes, at most {MAX_PROMPT_FILE_BYTES} are read; split it")
-        text = path.read_text(encoding="utf-8")
+        content = _read_at_most(path, MAX_PROMPT_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path}: cannot be read: {_reason(error)}; pass a JSON or YAML file") from None
+    if content is None:
+        raise PromptError(f"{path}: more than {MAX_PROMPT_FILE_BYTES} bytes, which is all that is read; split it")
+    try:
+        text = str(content, "utf-8")
         return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read: {error.strerror}; pass a JSON or YAML file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise PromptError(f"{path}: neither JSON nor YAML ({reason}); write a list such as {_example()}") from None
@@ -229,5 +246,5 @@ def _example() -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # bounded before it is made: YAML's anchors can stand for more than memory holds
     return text if len(text) <= 60 else f"{text[:57]}..."

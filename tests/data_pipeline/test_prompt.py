@@ -96,14 +96,14 @@ def test_bounds_are_checked_before_decoding(tmp_path, picture, monkeypatch) -> N
     path = tmp_path / "big.png"
     path.write_bytes(picture(1))
     monkeypatch.setattr(prompt, "MAX_MEDIA_FILE_BYTES", 10)
-    with pytest.raises(MediaError, match=r"big\.png: \d+ bytes, at most 10 are read"):
+    with pytest.raises(MediaError, match=r"big\.png: more than 10 bytes"):
         read_media(path)
 
 
 def test_media_errors_name_the_file(tmp_path, tokenizer, picture, clip) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "what.xyz").write_text("?")
-    with pytest.raises(MediaError, match=r"text\.png: image of 10 bytes: not a readable"):
+    with pytest.raises(MediaError, match=r"text\.png: image of 10 bytes: .* \(its first bytes are of none of them\)"):
         read_media(tmp_path / "text.png")
     with pytest.raises(MediaError, match=r"none\.png: cannot be read: No such file"):
         read_media(tmp_path / "none.png")
@@ -158,3 +158,26 @@ def test_files_of_another_shape_are_refused_in_one_line(tmp_path, content, messa
 def test_a_missing_prompt_file(tmp_path) -> None:
     with pytest.raises(PromptError, match="cannot be read: No such file"):
         read_prompts(tmp_path / "none.json")
+
+
+def test_a_path_that_can_be_none_is_refused(tmp_path) -> None:
+    (tmp_path / "prompt.json").write_text('[{"image": "a\\u0000b.png"}]')
+    with pytest.raises(MediaError, match="cannot be read: embedded null byte"):
+        read_prompts(tmp_path / "prompt.json")
+
+
+def test_what_has_no_size_is_read_up_to_the_bound_only(monkeypatch) -> None:
+    monkeypatch.setattr(prompt, "MAX_MEDIA_FILE_BYTES", 1000)
+    monkeypatch.setattr(prompt, "MAX_PROMPT_FILE_BYTES", 1000)
+    with pytest.raises(MediaError, match="more than 1000 bytes"):
+        read_media("/dev/zero", "image")
+    with pytest.raises(PromptError, match="more than 1000 bytes"):
+        read_prompts("/dev/zero")
+
+
+def test_anchors_that_stand_for_billions_are_refused_at_once(tmp_path) -> None:
+    levels = ["&a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"&a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text(f"- text: [{', '.join(levels)}]\n")
+    with pytest.raises(PromptError, match="it must be a string"):
+        read_prompts(tmp_path / "bomb.yaml")

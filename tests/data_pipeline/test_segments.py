@@ -21,7 +21,8 @@ from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.splits import normalise_text
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import AloneSpan, Piece, piece_layouts, row_pieces
+from triweave.data_pipeline.stream.content import AloneSpan, Piece
+from triweave.data_pipeline.stream.layout import piece_layouts, row_pieces
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
 from triweave.data_pipeline.stream.plan import ALONE, DOCUMENT, UNFIT_SEGMENTS, Planner, drawn_share
 from triweave.data_pipeline.stream.plan_report import report_plan

@@ -19,7 +19,7 @@ from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.splits import SPLITS, fold_of
-from triweave.data_pipeline.stream.content import row_pieces
+from triweave.data_pipeline.stream.layout import row_pieces
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.selection import exchanged_media

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig, SourceConfig
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.stream import loader as loader_module
@@ -71,6 +73,29 @@ def test_a_fork_server_gives_the_same_stream(stream_data: Any, monkeypatch: pyte
 
 def test_workers_are_forked_where_nothing_speaks_against_it() -> None:
     assert loader_module.start_method() == "fork"
+
+
+def blas_threads(_: PackedBatch) -> dict[str, Any]:
+    """Return how many threads the matrix products of this process may use."""
+    return {"blas": [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]}
+
+
+def test_a_worker_multiplies_on_one_thread_and_its_rank_as_before(stream_data: Any) -> None:
+    config = DataConfig(
+        sources=[SourceConfig(name="birds", shards=str(stream_data.birds))],
+        tokenizer=str(stream_data.tokenizer),
+        sequence_length=64,
+        geometry=MediaGeometry(image_patch_px=8, image_max_tokens=400),
+        workers=1,
+    )
+    with threadpool_limits(limits=2, user_api="blas"):
+        loader = StepLoader(
+            config, rank=0, world_size=1, global_batch_rows=2, micro_batch_rows=2, post_pack=blas_threads
+        )
+        iterator = iter(loader)
+        assert set(next(iterator).micro_batches[0].extra["blas"]) == {1}
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {2}
+        iterator.close()
 
 
 ENDLESS = """

@@ -216,8 +216,9 @@ def test_ties_go_to_the_smaller_id_and_impossible_tokens_are_not_drawn():
     logits = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     assert draw(logits, Sampling(), []).tolist() == [1, 0]
     assert drawn([0.5, 0.0, 0.5], Sampling(temperature=1.0))[1] == 0
-    with pytest.raises(PretrainError, match="training diverged"):
-        draw(logits * float("nan"), Sampling(), [])
+    for lost in (float("nan"), float("inf")):
+        with pytest.raises(PretrainError, match="training diverged"):
+            draw(torch.tensor([[0.0, lost, -float("inf")]]), Sampling(), [])
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,11 @@ def test_what_is_no_run_is_said_in_one_line(run_dir, tmp_path):
         shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match=r"has no checkpoint; train it until checkpoint\.every_steps"):
         load_run(run_dir / "consumed")
-    with pytest.raises(PretrainError, match="device 'toaster' is not known; use cpu or cuda"):
-        load_run(run_dir, device="toaster")
+    for device in ("toaster", "meta", torch.device("meta")):
+        with pytest.raises(PretrainError, match=r"device '\w+' is not known; use cpu or cuda"):
+            load_run(run_dir, device=device)
+    with pytest.raises(PretrainError, match=r"device 'cuda:99': there are \d+ CUDA devices here"):
+        load_run(run_dir, device="cuda:99")
 
 
 def test_the_tokenizer_must_be_there_and_the_same(trained, run_config, rank_pool, tmp_path, monkeypatch):

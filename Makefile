@@ -36,7 +36,7 @@ $(STAMP):
 	@rm -f $(VENV)/installed-*
 	@touch $@
 
-demo: $(STAMP) ## fetch, build, train on 2 ranks, kill, resume: runs/demo/result.json
+demo: $(STAMP) ## fetch, build, train on 2 ranks, kill, resume, evaluate: runs/demo/report.html
 	$(BIN)/triweave demo $(ARGS)
 
 test: $(STAMP) ## the quick suite, at most 10 minutes on 2 cores

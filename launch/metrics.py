@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS_NAME = "metrics.jsonl"
+TAIL_BYTES = 1 << 16
+"""More than any line of metrics."""
 
 
 def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
@@ -21,6 +23,19 @@ def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
     lines = text.split("\n")[:-1]
     entries = (json.loads(line) for line in lines if line)
     return {int(entry["step"]): entry for entry in entries}
+
+
+def newest_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """Return the last whole line, None before the first; looks at the end of the file only."""
+    try:
+        with open(run_dir / METRICS_NAME, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    entry: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return entry
 
 
 def mean_loss_by_modality(entries: list[dict[str, Any]]) -> dict[str, float]:

@@ -45,9 +45,13 @@ class StageDisplay:
         self._current = name
         self._progress.start_task(self._tasks[name])
 
-    def update(self, done: float, total: float, words: str = "") -> None:
-        """Move the current stage's bar; may be called from another thread."""
+    def update(self, done: float, total: float | None, words: str = "") -> None:
+        """Move the current stage's bar; may be called from another thread. `total`: None where nobody knows it."""
         self._progress.update(self._tasks[self._current], completed=done, total=total, words=words)
+
+    def note(self, line: str) -> None:
+        """Print a line that stays, above the bars."""
+        self._progress.console.print(line, markup=False, highlight=False)
 
     def done(self, name: str, seconds: float, facts: dict[str, Any]) -> None:
         """End a stage."""

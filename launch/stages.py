@@ -47,14 +47,14 @@ class StageChain:
         options: Any,
         work: Callable[[], dict[str, Any]],
         *,
-        outputs: tuple[Path, ...] = (),
+        outputs: tuple[Path, ...] | Callable[[dict[str, Any]], tuple[Path, ...]] = (),
         discard: Path | None = None,
     ) -> dict[str, Any]:
         """Return the facts of a stage: from its marker where options and outputs are as they were, else by working.
 
         options: JSON value the stage depends on, beyond the stages before it.
         work: does it and returns the facts; it must be able to continue its own interrupted work.
-        outputs: what must still be there for the marker to count.
+        outputs: what must still be there for the marker to count, or a function of the facts that says it.
         discard: folder of unfinished work, removed before work of another key begins in it.
 
         An interrupted stage counts the seconds of its last try only.
@@ -62,7 +62,7 @@ class StageChain:
         self._key = _hash([self._key, name, options])
         marker = self._folder / f"{name}.json"
         record = None if self._rebuilding else self._read(marker)
-        if record is not None and all(path.exists() for path in outputs):
+        if record is not None and _all_exist(outputs, record.facts):
             self._display.reused(name, record.facts)
         else:
             self._rebuilding = True  # what follows was made from the old output
@@ -76,6 +76,11 @@ class StageChain:
             self._display.done(name, record.seconds, facts)
         self.records[name] = record
         return record.facts
+
+    @property
+    def key(self) -> str:
+        """What everything so far depends on, for a chain that goes on from here."""
+        return self._key
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -101,6 +106,11 @@ class StageChain:
         temporary = marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n", encoding="utf-8")
         temporary.replace(marker)
+
+
+def _all_exist(outputs: tuple[Path, ...] | Callable[[dict[str, Any]], tuple[Path, ...]], facts: dict[str, Any]) -> bool:
+    paths = outputs(facts) if callable(outputs) else outputs
+    return all(path.exists() for path in paths)
 
 
 def _hash(value: Any) -> str:

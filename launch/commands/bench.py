@@ -19,7 +19,7 @@ from pathlib import Path
 
 from triweave.data_pipeline.bench import BenchRow, bench_loader, machine
 
-DEMO_SHARDS = Path("runs/demo/shards")
+DEMO_SHARDS = Path("runs/demo/shards/tuxpaint")
 DEMO_TOKENIZER = Path("runs/demo/tokenizer.model")
 
 

@@ -1,10 +1,13 @@
 """examples:
-  triweave demo                                    about 8 minutes on 2 CPU cores after the download (161 MB)
-  triweave demo --corpus tuxpaint-stamps-default_2022.06.04-1_all.deb
+  triweave demo                                    some minutes on 2 CPU cores after the downloads (259 MB)
+  triweave demo --corpus emoji                     without apt: a synthetic corpus from the Python registry (41 MB)
+  triweave demo --tuxpaint tuxpaint-stamps-default_2022.06.04-1_all.deb --asterisk FOLDER
   triweave demo --out /tmp/demo --steps 40 --json
+  triweave demo --long                             about an hour: 3 seeds and a control on shuffled pairs
 
 Stop it whenever you like: started again it continues. A second run repeats nothing and needs no network.
-DIR/result.json has the figures, DIR/train the run (metrics.jsonl, checkpoints), DIR/config.yaml its config.
+DIR/report.html shows it, DIR/result.json has the figures, DIR/train the run, DIR/config.yaml its config; --long adds
+DIR/long and shares the data. Without apt the demo goes on with the emoji by itself, and says so.
 """
 
 from __future__ import annotations
@@ -12,54 +15,63 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from triweave.launch.demo.short import DemoOptions
+
+CORPUS_CHOICES = ("auto", "debian", "emoji")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument(
-        "--corpus", type=Path, metavar="PATH", help="Tux Paint's stamps: an unpacked folder or the .deb"
+        "--corpus",
+        choices=CORPUS_CHOICES,
+        default="auto",
+        help="debian: Tux Paint and Asterisk; emoji: synthetic, no apt; auto: debian, else emoji (default)",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: those of demo_cpu.yaml)")
-    parser.add_argument("--json", action="store_true", help="print result.json instead of a table")
+    parser.add_argument("--tuxpaint", type=Path, metavar="PATH", help="Tux Paint's stamps: a folder or the .deb")
+    parser.add_argument("--asterisk", type=Path, metavar="PATH", help="Asterisk's core sounds: a folder")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: those of the shipped config)")
+    parser.add_argument("--long", action="store_true", help="train 3 seeds and a control for about an hour")
+    parser.add_argument("--json", action="store_true", help="print result.json instead of tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run or continue the demo and print its result."""
-    from triweave.launch.demo import RESULT_NAME, DemoOptions, run_demo
+    from triweave.launch.demo.corpora import CorpusChoice
+    from triweave.launch.demo.short import DemoOptions
 
-    result = run_demo(DemoOptions(out=arguments.out, corpus=arguments.corpus, steps=arguments.steps))
-    if arguments.json:
+    named = {"tuxpaint": arguments.tuxpaint, "asterisk": arguments.asterisk}
+    given = {name: path for name, path in named.items() if path is not None}
+    choice = CorpusChoice(corpus=arguments.corpus, given=given)
+    options = DemoOptions(out=arguments.out, choice=choice, steps=arguments.steps)
+    if arguments.long:
+        return _run_long(options, as_json=arguments.json)
+    return _run_short(options, as_json=arguments.json)
+
+
+def _run_short(options: DemoOptions, *, as_json: bool) -> int:
+    from triweave.launch.demo.short import run_demo
+    from triweave.launch.demo.tables import print_result
+
+    result = run_demo(options)
+    if as_json:
         print(json.dumps(result))
     else:
-        print_table(result)
-        print(f"\n{arguments.out / RESULT_NAME}")
+        print_result(result)
     return 0
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """Print the losses beside those of a unigram model, then the other figures."""
-    from rich.console import Console
-    from rich.table import Table
+def _run_long(options: DemoOptions, *, as_json: bool) -> int:
+    from triweave.launch.demo.long import run_long
+    from triweave.launch.demo.tables import print_long_result
 
-    table = Table(title=f"Loss per token after {result['steps']} steps (nats)", title_justify="left")
-    for heading in ("targets that follow", "tokens", "unigram model", "this model", "difference"):
-        table.add_column(heading, justify="left" if heading.startswith("targets") else "right")
-    for name, loss in result["loss_by_modality"].items():
-        unigram = result["unigram_by_modality"][name]
-        tokens = result["supervised_tokens_by_modality"][name]
-        table.add_row(name, f"{tokens:,}", f"{unigram:.3f}", f"{loss:.3f}", f"{loss - unigram:+.3f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{result['samples']:,} documents in {result['shards']} shards, packs {result['pack_fill']:.2%} full; "
-        f"{result['parameters']:,} parameters, {result['tokens_per_s']:,.0f} tokens/s, "
-        f"waiting for data {result['data_wait_fraction']:.1%} of the time",
-        highlight=False,
-    )
-    console.print(
-        f"after the kill, {result['resume_compared_steps']} steps repeated on another number of ranks: "
-        f"largest difference of a loss {result['resume_max_abs_diff']:.2e}; {result['seconds_total']:.0f} s of work",
-        highlight=False,
-    )
+    result = run_long(options)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_long_result(result)
+    return 0

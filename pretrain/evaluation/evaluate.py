@@ -66,7 +66,8 @@ def evaluate_folds(
 class Evaluation:
     """Takes in one run after another, then sums up over the queries of all.
 
-    split: what is held out; None where folds are. runs: those taken in.
+    split: what is held out; None where folds are. left_out: held-out documents that share a part with training, over
+    all runs. runs: those taken in.
     tasks: task name -> task. ranks: task name -> part of the documents -> ranks, for every pool of every run.
     pictures: label -> classified pictures of every run. nlls: modality -> caption likelihoods of every run.
     """
@@ -74,6 +75,7 @@ class Evaluation:
     def __init__(self, *, seed: int, tell: Tell = lambda _: None) -> None:
         """`seed`: of shuffles, ties and resamples."""
         self.split: str | None = None
+        self.left_out = 0
         self.runs: list[LoadedRun] = []
         self.tasks: dict[str, Task] = {}
         self.ranks: dict[str, list[dict[str, retrieval.PoolRanks]]] = {}
@@ -100,6 +102,7 @@ class Evaluation:
             "parameters": sum(parameter.numel() for parameter in first.model.parameters()),
             "split": self.split,
             "folds": None if len(self.runs) == 1 else len(self.runs),
+            "left_out": self.left_out,
             "seed": self._seed,
             "machine": _machine(first),
             "versions": _versions(),
@@ -110,6 +113,7 @@ class Evaluation:
     def _ask(self, run: LoadedRun, control: LoadedRun | None) -> None:
         documents = read_documents(run.config.data, locate=run.locate, tell=self._tell)
         self.split = documents.split
+        self.left_out += documents.left_out
         where = f"split {documents.split}" if documents.split else f"fold {documents.fold}"
         self._tell(
             f"{run.run_dir}, step {run.step}: {len(documents.held_out)} held-out documents ({where}), "

@@ -167,12 +167,13 @@ def pool_caption_nll(
         chosen = np.asarray([belongs(document.corpus) for document in first.documents])
         groups = [document.group for document, is_in in zip(first.documents, chosen, strict=True) if is_in]
         tokens = first.tokens[chosen]
-        sums = {
-            name: np.stack([getattr(own, name)[chosen] for own in by_seed]) for name in ("true", "shuffled", "none")
-        }
+        sums = {name: np.stack([getattr(own, name)[chosen] for own in by_seed]) for name in caption_nll.FIGURES}
         gaps = sums["shuffled"] - sums["true"]
         pooled = bootstrap_seeds(gaps, groups, weights=tokens, seed=seed)
-        means = {name: float(values.sum() / (len(values) * tokens.sum())) for name, values in sums.items()}
+        means = {
+            words: float(sums[name].sum() / (len(by_seed) * tokens.sum()))
+            for name, words in caption_nll.FIGURES.items()
+        }
         return {**means, "gap": pooled.mean, "ci": pooled.interval, "seeds": (gaps.sum(1) / tokens.sum()).tolist()}
 
     entry |= changed(lambda _: True)
@@ -181,7 +182,7 @@ def pool_caption_nll(
     entry["control"] = None
     if control is not None:
         whole = caption_nll.summarise(control, seed=seed)
-        entry["control"] = {name: whole[name] for name in ("true", "shuffled", "none", "gap", "ci")}
+        entry["control"] = {name: whole[name] for name in (*caption_nll.FIGURES.values(), "gap", "ci")}
     return entry
 
 

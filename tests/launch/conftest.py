@@ -70,7 +70,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.write(json.dumps({"id": f"row-{number}", "parts": parts}) + "\n")
     build(ManifestSource(root=folder / "rows.jsonl"), folder / "shards", BuildOptions(shard_size_bytes=100_000))
     manifest = Manifest.load(folder / "shards")
-    train_tokenizer(manifest, 320, folder / "tokenizer.model")
+    train_tokenizer([manifest], 320, folder / "tokenizer.model")
     write_token_counts(manifest, folder / "tokenizer.model")
     return folder
 

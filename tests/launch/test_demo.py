@@ -1,4 +1,4 @@
-"""The parts of the demo that can be checked in seconds, and (slow) the whole demo on a small corpus of its own."""
+"""The parts of the demo that can be checked in seconds."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
-import yaml
-from PIL import Image
 
 from triweave.data_pipeline.config import load_data_config
+from triweave.data_pipeline.errors import FetchError
+from triweave.data_pipeline.fetch import registry
+from triweave.data_pipeline.fetch.target import Fetched
 from triweave.data_pipeline.stream.loader import StepLoader
 from triweave.data_pipeline.stream.plan import Planner
-from triweave.launch.commands.demo import print_table
-from triweave.launch.demo import DemoOptions, run_demo
-from triweave.launch.demo_training import kill_rank, write_config
+from triweave.launch.cli import main
+from triweave.launch.demo import corpora, settings
+from triweave.launch.demo.corpora import SETS, CorpusChoice
+from triweave.launch.demo.evaluation import result_figures
+from triweave.launch.demo.short import DemoOptions, run_demo
+from triweave.launch.demo.training import kill_rank
 from triweave.launch.errors import DemoError
-from triweave.launch.metrics import mean_loss_by_modality
+from triweave.launch.metrics import mean_loss_by_modality, newest_metrics
 from triweave.launch.unigram import entropy, state_before, unigram_losses
 from triweave.pretrain.config import load_config
-
-RESULT_KEYS = {
-    *("shards", "samples", "pack_fill", "steps", "loss_first", "loss_last", "loss_by_modality"),
-    *("resume_max_abs_diff", "data_wait_fraction", "seconds"),
-}
 
 
 def test_entropy_of_known_distributions() -> None:
@@ -71,10 +69,33 @@ def test_mean_losses_weigh_by_tokens() -> None:
     assert mean_loss_by_modality(entries) == {"text": 1.25, "image": 4.0}
 
 
-def test_the_config_of_the_demo_points_into_its_folder(tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path, 77))
+def test_the_newest_metrics_are_those_of_the_last_whole_line(tmp_path: Path) -> None:
+    assert newest_metrics(tmp_path) is None
+    lines = [json.dumps({"step": step, "words": "x" * 900}) + "\n" for step in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 101, "wo', encoding="utf-8")
+    newest = newest_metrics(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 100
+
+
+@pytest.mark.parametrize("template", [settings.SHORT_TEMPLATE, settings.LONG_TEMPLATE], ids=["short", "long"])
+@pytest.mark.parametrize("name", list(SETS))
+def test_the_configs_point_into_the_folder_of_the_demo(name: str, template: Path, tmp_path: Path) -> None:
+    """Both corpora keep the weights of the shipped file; a corpus it does not name is taken whole."""
+    tree = settings.demo_config(
+        template,
+        SETS[name],
+        shards=tmp_path / "shards",
+        tokenizer=tmp_path / "tokenizer.model",
+        run_dir=tmp_path / "run",
+        steps=77,
+    )
+    config = load_config(settings.write_config(tree, tmp_path / "config.yaml"))
     assert config.train.steps == 77
-    places = [config.run_dir, config.data.tokenizer, config.data.sources[0].shards]
+    assert [source.name for source in config.data.sources] == list(SETS[name].sources)
+    assert {source.split for source in config.data.sources} == {"train"}
+    assert sum(source.weight for source in config.data.sources) == pytest.approx(1.0)
+    places = [config.run_dir, config.data.tokenizer, *(source.shards for source in config.data.sources)]
     assert all(Path(place).is_relative_to(tmp_path) for place in places)
 
 
@@ -99,72 +120,96 @@ echo $zero $one; wait $one; echo ended $?; kill $zero; wait
     process.communicate(timeout=10)
 
 
-def test_too_few_steps_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", "3"), "at least 30"),
+        (("--long", "--steps", "3"), "at least 10"),
+        (("--corpus", "emoji", "--tuxpaint", "x.deb"), "--tuxpaint goes with --corpus debian"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+class Corpora:
+    """Stands in for the fetches: those that are named fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *broken: str) -> None:
+        self.fetched: list[tuple[str, Path | None]] = []
+        self.lines: list[str] = []
+
+        def fetch(name: str, given: Path | None) -> Fetched:
+            self.fetched.append((name, given))
+            if name in broken:
+                raise FetchError(f"no {name}: give a copy with --from FOLDER")
+            return Fetched(corpus=name, origin=f"origin of {name}", files=1, total_bytes=1)
+
+        for name in registry.CORPORA:
+            monkeypatch.setitem(
+                registry.CORPORA,
+                name,
+                lambda _, given, __, name=name: fetch(name, given),  # type: ignore[misc]
+            )
+
+    def get(self, choice: CorpusChoice, folder: Path) -> Any:
+        choice.check()
+        return corpora.fetch(choice, folder, update=lambda *_: None, note=self.lines.append)
+
+
+@pytest.mark.parametrize("broken", ["tuxpaint", "asterisk"])
+def test_without_debian_packages_it_goes_on_with_emoji_and_says_so(
+    broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetches = Corpora(monkeypatch, broken)
+    facts = fetches.get(CorpusChoice(), tmp_path)
+    assert facts["corpus_set"] == "emoji"
+    assert facts["origins"] == {"emoji": "origin of emoji"}
+    (line,) = fetches.lines
+    assert "emoji" in line
+    assert "synthetic speech" in line
+    assert f"(no {broken})" in line
+
+
+def test_with_debian_packages_both_corpora_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fetches = Corpora(monkeypatch)
+    facts = fetches.get(CorpusChoice(given={"asterisk": tmp_path}), tmp_path)
+    assert facts["corpus_set"] == "debian"
+    assert facts["fallback_reason"] is None
+    assert fetches.fetched == [("tuxpaint", None), ("asterisk", tmp_path)]
+    assert fetches.lines == []
+
+
+@pytest.mark.parametrize("choice", [CorpusChoice(corpus="debian"), CorpusChoice(given={"tuxpaint": Path("x.deb")})])
+def test_what_was_asked_for_is_not_exchanged(
+    choice: CorpusChoice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(FetchError, match="no tuxpaint"):
+        Corpora(monkeypatch, "tuxpaint").get(choice, tmp_path)
+
+
+def test_no_corpus_at_all_names_both_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match=r"no asterisk.*no emoji"):
+        Corpora(monkeypatch, "asterisk", "emoji").get(CorpusChoice(), tmp_path)
+
+
+def test_too_few_steps_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(DemoError, match="at least"):
-        run_demo(DemoOptions(out=tmp_path, steps=3))
+        run_demo(DemoOptions(out=tmp_path / "demo", steps=3))
+    assert not (tmp_path / "demo").exists()
 
 
-def write_stamps(folder: Path) -> None:
-    """Write a corpus with the layout of Tux Paint: 60 pictures, captions in three languages, some speech."""
-    random = np.random.default_rng(0)
-    for number in range(60):
-        stem = folder / "stamps" / f"kind{number % 4}" / f"thing{number}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 255, (8, 8, 4), dtype=np.uint8)
-        Image.fromarray(pixels, "RGBA").resize((48, 40)).save(stem.with_suffix(".png"))
-        lines = [f"Thing {number} of kind {number % 4}.", f"de.utf8=Ding {number} der Art {number % 4}."]
-        lines.append(f"fr.utf8=Chose {number} du genre {number % 4}.")
-        stem.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if number % 3 == 0:
-            wave = np.sin(np.arange(8000) * (0.05 + number / 500))
-            soundfile.write(stem.with_name(f"{stem.name}_desc.ogg"), wave, 16000)
-
-
-@pytest.mark.slow
-def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It trains, loses a rank, resumes on the other number of ranks, and is interrupted and continued on the way."""
-    from triweave.launch import demo_data, demo_training
-    from triweave.launch.demo_training import DemoTraining
-
-    small = yaml.safe_load(demo_training.TEMPLATE.read_text(encoding="utf-8"))
-    small["model"] |= {"d_model": 48, "layers": 1}
-    small["data"] |= {"workers": 0, "sequence_length": 128}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
-    monkeypatch.setattr(demo_training, "TEMPLATE", tmp_path / "small.yaml")
-    monkeypatch.setattr(demo_data, "VOCABULARY", 340)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write_stamps(tmp_path / "corpus")
-    options = DemoOptions(out=tmp_path / "demo", corpus=tmp_path / "corpus", steps=30)
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as broken:
-        broken.setattr(DemoTraining, "resume", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_demo(options)
-    result = run_demo(options)
-
-    assert set(result) >= RESULT_KEYS
-    assert json.loads((tmp_path / "demo" / "result.json").read_text(encoding="utf-8")) == result
-    assert result["steps"] == 30
-    assert result["samples"] == 180
-    assert result["resume_compared_steps"] >= 3
-    assert result["resume_max_abs_diff"] < 1e-3
-    assert set(result["loss_by_modality"]) == {"text", "image", "audio"} == set(result["unigram_by_modality"])
-    assert result["loss_last"] < result["loss_first"]
-    assert set(result["seconds"]) == {
-        *("fetch", "build", "verify", "tokenizer", "tokenize", "plan"),
-        *("train", "resume", "score"),
-    }
-    log = (tmp_path / "demo" / "train" / "launch.log").read_text(encoding="utf-8")
-    assert log.count("resuming from") == 1
-    assert "return code = -9" in log
-    assert "reused" in capsys.readouterr().err
-
-    began = time.monotonic()
-    assert run_demo(options) == result
-    assert time.monotonic() - began < 5
-    print_table(result)
-    table = capsys.readouterr().out
-    assert all(f"{result['unigram_by_modality'][name]:.3f}" in table for name in ("text", "image", "audio"))
+def test_the_result_takes_the_best_floor_of_every_task() -> None:
+    recalls = {"r1": 0.2, "r10": 0.6, "ci": {"r1": [0.1, 0.3], "r10": [0.5, 0.7]}}
+    floors = {"ridge": {"r1": 0.1, "r10": 0.5}, "length": {"r1": 0.3, "r10": 0.4}}
+    task = {**recalls, "floors": floors, "difference": {"floor": "ridge"}, "chance": {"r1": 0.01, "r10": 0.1}, "n": 80}
+    picture = {"true": 2.0, "shuffled": 2.5, "gap": 0.5, "ci": [0.4, 0.6], "n": 9, "tokens": 90, "corpora": {}}
+    facts = result_figures({"retrieval": {"a->b": task}, "caption_nll": {"image": picture}})
+    assert facts["retrieval"]["a->b"] == {**recalls, "floor": floors["ridge"], "chance": task["chance"], "n": 80}
+    assert (facts["caption_nll_true"], facts["caption_nll_shuffled"]) == (2.0, 2.5)
+    without = result_figures({"retrieval": {}, "caption_nll": {}})
+    assert without["caption_nll_true"] is None

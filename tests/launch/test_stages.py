@@ -90,3 +90,35 @@ def test_a_damaged_marker_counts_as_none(work: Work) -> None:
     (work.folder / "stages" / "third.json").write_text("{", encoding="utf-8")
     work.run()
     assert work.done == ["third"]
+
+
+def test_outputs_may_follow_from_the_facts(tmp_path: Path) -> None:
+    """A stage that chose what to make is redone when that is gone, and not when something else is."""
+    done: list[str] = []
+
+    def run() -> None:
+        with StageDisplay(("choose",)) as display:
+            chain = StageChain(tmp_path / "stages", display, key=1)
+            chain.run("choose", None, choose, outputs=lambda facts: (tmp_path / facts["chosen"],))
+
+    def choose() -> dict[str, Any]:
+        done.append("choose")
+        (tmp_path / "made").touch()
+        return {"chosen": "made", SUMMARY: ""}
+
+    run()
+    run()
+    assert len(done) == 1
+    (tmp_path / "made").unlink()
+    run()
+    assert len(done) == 2
+
+
+def test_a_chain_that_goes_on_from_another_depends_on_it(tmp_path: Path) -> None:
+    keys = []
+    for options in ("a", "a", "b"):
+        with StageDisplay(("only",)) as display:
+            chain = StageChain(tmp_path / "stages", display, key=1)
+            chain.run("only", options, lambda: {SUMMARY: ""})
+            keys.append(chain.key)
+    assert keys[0] == keys[1] != keys[2]

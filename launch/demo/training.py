@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from triweave.launch.deepspeed_launcher import local_command
 from triweave.launch.errors import DemoError
 from triweave.launch.machine import Machine, free_port
@@ -20,26 +18,10 @@ from triweave.launch.metrics import mean_loss_by_modality, read_metrics
 from triweave.launch.processes import Outcome, group_members, run_to_end
 from triweave.launch.stage_display import SUMMARY
 
-TEMPLATE = Path(__file__).with_name("configs") / "demo_cpu.yaml"
 POLL_S = 0.2
 KILLED = 128 + signal.SIGKILL
-LOG_TAIL_LINES = 15
 
-Update = Callable[[float, float, str], None]
-
-
-def write_config(out: Path, steps: int | None) -> Path:
-    """Write the demo's run config into `out`: the shipped one with this demo's paths. Return its path."""
-    tree = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
-    tree["run_dir"] = str(out / "train")
-    tree["data"]["sources"][0]["shards"] = str(out / "shards")
-    tree["data"]["tokenizer"] = str(out / "tokenizer.model")
-    if steps is not None:
-        tree["train"]["steps"] = steps
-    path = out / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    return path
+Update = Callable[[float, float | None, str], None]
 
 
 class DemoTraining:

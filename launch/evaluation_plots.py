@@ -58,7 +58,7 @@ def _recall_bars(axes: Axes, tasks: dict[str, Any], which: str) -> None:
         [max(0.0, value - 100 * low) for value, (low, _) in zip(values, ends, strict=True)],
         [max(0.0, 100 * high - value) for value, (_, high) in zip(values, ends, strict=True)],
     ]
-    best = [100 * task["floors"][task["difference"]["floor"]][which] for task in entries]
+    best = [100 * max(floor[which] for floor in task["floors"].values()) for task in entries]
     chance = [100 * task["chance"][which] for task in entries]
     upper, lower = [place - 0.18 for place in places], [place + 0.18 for place in places]
     axes.barh(upper, values, 0.34, xerr=errors, color=MODEL, ecolor=CHANCE, capsize=2, label="model, 95 % interval")

@@ -77,16 +77,19 @@ def _variant(config: RunConfig, run_dir: Path, **changes: object) -> RunConfig:
 
 
 def _write_request(config: RunConfig, run_dir: Path) -> Path:
-    """Write the variant's config into its folder. Raises LaunchError where another one is there."""
-    from triweave.pretrain.config import save_resolved, to_yaml
+    """Write the variant's config into its folder. Raises LaunchError where another one is there.
+
+    The same run named by another path is no other one.
+    """
+    from triweave.pretrain.config import load_config, save_resolved, to_yaml
 
     request = run_dir / REQUEST_NAME
     if request.is_file():
-        if request.read_text(encoding="utf-8") == to_yaml(config):
-            return request
-        raise LaunchError(
-            f"{run_dir} was trained with another config (compare {request}); remove the folder to train it anew"
-        )
+        earlier = dataclasses.replace(load_config(request), run_dir=config.run_dir)
+        if to_yaml(earlier) != to_yaml(config):
+            raise LaunchError(
+                f"{run_dir} was trained with another config (compare {request}); remove the folder to train it anew"
+            )
     try:
         save_resolved(config, request)
     except OSError as error:

@@ -4,6 +4,7 @@
   triweave evaluate runs/demo/train --control          also a model trained on shuffled pairs (trained when missing)
   triweave evaluate runs/demo/train --folds 5          a model for each fold by concept; all queries together
   triweave evaluate runs/demo/train --plots plots      PNG and SVG
+  triweave evaluate runs/demo/train --split validation --out validation.json     to choose settings by
 
 It asks about what the run held out (`split: train` holds out the split test), beside floors fitted on what it trained
 on. --control and --folds train below RUN; interrupted, the same command continues.
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run_dir of a training")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="what is asked of a run that trained on split: train; choose settings by validation (default: test)",
+    )
     parser.add_argument("--folds", type=int, metavar="N", help="train and ask a model for each of N folds by concept")
     parser.add_argument("--control", action="store_true", help="train and ask a model of shuffled pairs beside it")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"result file (default: RUN/{RESULT_NAME})")
@@ -55,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     runs = fold_runs(arguments) if arguments.folds else [load(arguments, arguments.run, arguments.step)]
     controls = [control_of(arguments, each) for each in runs] if arguments.control else None
-    result = evaluate_folds(runs, controls=controls, run_dir=arguments.run, seed=arguments.seed, tell=tell)
+    result = evaluate_folds(
+        runs, controls=controls, run_dir=arguments.run, split=arguments.split, seed=arguments.seed, tell=tell
+    )
     target = arguments.run / RESULT_NAME if arguments.out is None else arguments.out
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +90,8 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise LaunchError for options that cannot be."""
     if arguments.folds is not None and not 2 <= arguments.folds <= MOST_FOLDS:
         raise LaunchError(f"--folds {arguments.folds}: must be from 2 to {MOST_FOLDS}")
+    if arguments.folds is not None and arguments.split != "test":
+        raise LaunchError("--split goes with a run that trained on a split, not with --folds; leave one of them out")
     if arguments.folds is not None and arguments.step is not None:
         raise LaunchError("--step goes with one model, not with --folds; leave one of them out")
     for name in ("threads", "num_ranks"):

@@ -86,7 +86,7 @@ def run_long(options: DemoOptions) -> dict[str, Any]:
         "corpora": corpora_facts(facts, next(iter(trees.values()))),
         "fallback_reason": facts["fallback_reason"],
         **{name: facts[name] for name in ("parameters", "runs", "retrieval", "classification", "caption_nll")},
-        **{name: facts[name] for name in ("split", "machine", "versions")},
+        **{name: facts[name] for name in ("split", "left_out", "machine", "versions")},
         "report": str(page),
         "seconds": {**data.seconds, **chain.seconds},
     }
@@ -172,5 +172,5 @@ def _evaluate(folders: dict[str, Path], update: evaluation.Update) -> dict[str, 
         evaluation.write_json(folders[name] / evaluation.EVALUATION_NAME, results[name])
     tell("pooling the seeds")
     pooled = pool_seeds([own for name, own in found.items() if name != CONTROL], found[CONTROL], seed=0)
-    facts = {name: results["seed0"][name] for name in ("parameters", "split", "machine", "versions")}
+    facts = {name: results["seed0"][name] for name in ("parameters", "split", "left_out", "machine", "versions")}
     return {**pooled, **facts, SUMMARY: f"{len(pooled['retrieval'])} retrieval tasks, {SEEDS} seeds, 1 control"}

@@ -12,6 +12,9 @@ EVALUATION_VERSION = 1
 METHODS = ("prompt", "probe", "probe_hidden")
 """How a picture's label can be found, in the order of the page."""
 
+_LANGUAGE_WORDS = {"other": "other languages"}
+"""Language of a task -> how the page calls it; others by their code."""
+
 Interval = tuple[float, float]
 Recalls = tuple[float, float]
 """(R@1, R@10), shares of 1."""
@@ -23,10 +26,11 @@ class Retrieval:
 
     n queries over pools of so many candidates on average; recalls with their 95 % intervals; floors: name -> recalls;
     difference: (floor, mean, interval) of R@10 minus that of the best floor, by paired bootstrap; control: a model
-    trained on shuffled pairs.
+    trained on shuffled pairs; without_symbols: (R@10, chance of it) without letters and digits, in smaller pools.
     """
 
     task: str
+    language: str
     corpus: str
     n: int
     pool: float
@@ -34,18 +38,19 @@ class Retrieval:
     r1_interval: Interval
     r10_interval: Interval
     median_rank: float
-    mrr: float
     chance: Recalls
     floors: dict[str, Recalls]
     difference: tuple[str, float, Interval] | None
     control: Recalls | None
     control_r10_interval: Interval | None
-    without_symbols: Recalls | None
+    without_symbols: tuple[float, float] | None
 
     @property
     def title(self) -> str:
         """Return the task's name as the page writes it."""
-        return readable(self.task.replace("->", " → "), 80)
+        words, _, last = self.task.rpartition(" ")
+        named = f"{words} ({_LANGUAGE_WORDS.get(last, last)})" if words and last == self.language else self.task
+        return readable(named.replace("->", " → "), 80)
 
     @property
     def beats_chance(self) -> bool:
@@ -56,6 +61,16 @@ class Retrieval:
     def beats_floor(self) -> bool:
         """Return whether the interval of the difference to the best floor lies above 0."""
         return self.difference is not None and self.difference[2][0] > 0
+
+    @property
+    def below_floor(self) -> bool:
+        """Return whether the interval of the difference to the best floor lies below 0."""
+        return self.difference is not None and self.difference[2][1] < 0
+
+    @property
+    def control_above_chance(self) -> bool:
+        """Return whether the interval of the control's R@10 lies above chance."""
+        return self.control_r10_interval is not None and self.control_r10_interval[0] > self.chance[1]
 
     @property
     def control_at_chance(self) -> bool:
@@ -128,12 +143,13 @@ def parse_evaluation(content: Any) -> Evaluation:
 
 
 def _retrieval(task: str, item: dict[str, Any]) -> Retrieval:
-    difference, control = item.get("difference"), item.get("control")
+    difference, control, without = item.get("difference"), item.get("control"), item.get("without_symbols")
     found = None
     if difference:
         found = (str(difference["floor"]), float(difference["r10"]["mean"]), _interval(difference["r10"]["ci"]))
     return Retrieval(
         task=task,
+        language=str(item.get("language", "")),
         corpus=str(item.get("corpus", "")),
         n=int(item["n"]),
         pool=float(item["pool"]),
@@ -141,13 +157,12 @@ def _retrieval(task: str, item: dict[str, Any]) -> Retrieval:
         r1_interval=_interval(item["ci"]["r1"]),
         r10_interval=_interval(item["ci"]["r10"]),
         median_rank=float(item["median_rank"]),
-        mrr=float(item["mrr"]),
         chance=_recalls(item["chance"]),
         floors={name: _recalls(floor) for name, floor in (item.get("floors") or {}).items()},
         difference=found,
         control=_recalls(control) if control else None,
         control_r10_interval=_interval(control["ci"]["r10"]) if control else None,
-        without_symbols=_recalls(item["without_symbols"]) if item.get("without_symbols") else None,
+        without_symbols=(float(without["r10"]), float(without["chance"]["r10"])) if without else None,
     )
 
 

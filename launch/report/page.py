@@ -171,9 +171,7 @@ def _evaluation_sections(runs: Sequence[ReportRun]) -> list[Section]:
     stated = [*(_evaluation_words(run) for run in runs if run.evaluation), *missing]
     sections = []
     if table := retrieval_table(runs):
-        stated.append(
-            "Marks: chance, classical floors computed in the same run, and the control trained on shuffled pairs."
-        )
+        stated.append(_marks_words(runs))
         sections.append(
             Section(
                 id="retrieval",
@@ -196,13 +194,23 @@ def _evaluation_sections(runs: Sequence[ReportRun]) -> list[Section]:
     return sections
 
 
+def _marks_words(runs: Sequence[ReportRun]) -> str:
+    trained = any(task.control for run in runs if run.evaluation for task in run.evaluation.retrieval)
+    control = ", and the control: a model trained on shuffled pairs" if trained else ""
+    return (
+        "Queries are documents that the run has not seen, each ranked among the candidates of its language. Marks: "
+        f"chance; classical floors, fitted on the training documents{control}."
+    )
+
+
 def _evaluation_words(run: ReportRun) -> str:
     evaluation = run.evaluation
     assert evaluation is not None
     where = f"the {evaluation.split} split" if evaluation.split else "the fold it left out"
     where = f"{evaluation.folds} folds" if evaluation.folds else where
     late = "" if evaluation.step == run.steps else f" (the run has gone on to step {run.steps:,})"
-    return f"{run.name}: evaluated at step {evaluation.step:,}{late} on {where}; intervals are 95 %, by bootstrap."
+    evaluated = f"{run.name}: evaluated at step {evaluation.step:,}{late} on {where}"
+    return f"{evaluated}; intervals are 95 %, by bootstrap over concepts."
 
 
 def _sample_section(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> Section:

@@ -147,10 +147,11 @@ def retrieval_table(runs: Sequence[ReportRun]) -> Table | None:
     floor_columns = (f"{readable(name, 20)} floor" for name in floors)
     table = Table(
         caption="Retrieval in %, 95 % intervals in brackets. Pairs of figures are R@10 / R@1. The difference is R@10 "
-        "minus that of the best floor, by paired bootstrap.",
+        "minus that of the best floor, by paired bootstrap; the best is chosen on these queries, which favours it. "
+        "Without symbols: R@10 without letters and digits, and what chance gives in those smaller pools.",
         columns=(
-            *("Task", "Run", "R@10", "R@1", "Chance", *floor_columns, "Difference", "Control"),
-            *("Without symbols", "Median rank", "MRR", "Queries", "Pool"),
+            *("Task", "Run", "R@10", "Difference", "Control", "Chance", *floor_columns),
+            *("R@1", "Without symbols", "Median rank", "Queries / pool"),
         ),
         rows=[_retrieval_row(task, run.name, floors) for task, run in pairs],
         headers=2,
@@ -163,14 +164,15 @@ def _retrieval_row(task: Retrieval, run: str, floors: Sequence[str]) -> list[str
     return [
         *(task.title, run),
         number(100 * task.recalls[1], 1) + bracketed(task.r10_interval, 1, scale=100),
-        number(100 * task.recalls[0], 1) + bracketed(task.r1_interval, 1, scale=100),
-        recall_pair(task.chance),
-        *(recall_pair(task.floors.get(name)) for name in floors),
         ABSENT if difference is None
         else number(100 * difference[1], 1, sign=True) + bracketed(difference[2], 1, scale=100),
         recall_pair(task.control),
-        recall_pair(task.without_symbols),
-        *(number(task.median_rank, 1), number(task.mrr, 3), f"{task.n:,}", f"{task.pool:,.0f}"),
+        recall_pair(task.chance),
+        *(recall_pair(task.floors.get(name)) for name in floors),
+        number(100 * task.recalls[0], 1),
+        ABSENT if task.without_symbols is None
+        else f"{number(100 * task.without_symbols[0], 1)}, chance {number(100 * task.without_symbols[1], 1)}",
+        *(number(task.median_rank, 1), f"{task.n:,} / {task.pool:,.0f}"),
     ]  # fmt: skip
 
 

@@ -1,9 +1,14 @@
 """One sentence that answers the visitor's question from the figures: does the model learn from pictures and sounds?
 
-yes     every interval of a caption's NLL gap lies above 0, and some retrieval task is above its best classical floor
-partly  some gap's interval lies above 0, or some retrieval task is above chance
+yes     every interval of a caption's NLL gap lies above 0, and at least half of the retrieval tasks are above their
+        best classical floor
+floor   the same, with chance in place of the floor
+partly  some gap's interval lies above 0, or at least half of the retrieval tasks are above chance
 no      neither
 open    not evaluated
+
+Half, because of twenty intervals of 95 % one may be wrong by luck. Where a control on shuffled pairs is above chance in
+more than half of its tasks, something else than the pairs earns the recall, and retrieval counts for nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +20,18 @@ from triweave.launch.report.run_files import ReportRun
 from triweave.launch.report.wording import interval, listing, number
 
 MODALITY_WORDS = {"image": "picture", "audio": "sound", "text": "text"}
-_ANSWERS = {"yes": "Yes.", "partly": "Partly.", "no": "No sign of it.", "open": "Not measured."}
+_ANSWERS = {
+    "yes": "Yes.",
+    "floor": "Yes, but it mostly retrieves no better than simple features do.",
+    "partly": "Partly.",
+    "no": "No sign of it.",
+    "open": "Not measured.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """level: yes, partly, no or open; answer: the level in words; sentence: what it rests on."""
+    """level: yes, floor, partly, no or open; answer: the level in words; sentence: what it rests on."""
 
     level: str
     answer: str
@@ -33,13 +44,20 @@ def judge(run: ReportRun) -> Verdict:
     if evaluation is None or not (evaluation.caption_nll or evaluation.retrieval):
         return _verdict("open", _sentence_of_losses(run))
     gaps = [item.interval[0] > 0 for item in evaluation.caption_nll]
-    beats_floor = any(task.beats_floor for task in evaluation.retrieval)
-    beats_chance = any(task.beats_chance for task in evaluation.retrieval)
-    if gaps and all(gaps) and beats_floor:
-        level = "yes"
+    tasks = evaluation.retrieval
+    controls = [task.control_above_chance for task in tasks if task.control is not None]
+    by_pairs = 2 * sum(controls) <= len(controls)
+    beats_floor = by_pairs and _at_least_half([task.beats_floor for task in tasks])
+    beats_chance = by_pairs and _at_least_half([task.beats_chance for task in tasks])
+    if gaps and all(gaps) and beats_chance:
+        level = "yes" if beats_floor else "floor"
     else:
         level = "partly" if any(gaps) or beats_chance else "no"
     return _verdict(level, "; ".join([*_gap_clauses(evaluation), *_retrieval_clauses(evaluation)]) + ".")
+
+
+def _at_least_half(answers: list[bool]) -> bool:
+    return bool(answers) and 2 * sum(answers) >= len(answers)
 
 
 def _verdict(level: str, sentence: str) -> Verdict:
@@ -74,7 +92,9 @@ def _retrieval_clauses(evaluation: Evaluation) -> list[str]:
     floors = [task for task in tasks if task.difference is not None]
     clause = f"retrieval (R@10) is above chance in {chance} of {len(tasks)} tasks"
     if floors:
-        clause += f" and above the best classical floor in {sum(task.beats_floor for task in floors)} of {len(floors)}"
+        above, below = sum(task.beats_floor for task in floors), sum(task.below_floor for task in floors)
+        clause += f" and above the best classical floor in {above} of {len(floors)}"
+        clause += f" (below it in {below})" if below else ""
     clauses = [clause]
     controls = [task for task in tasks if task.control is not None]
     if controls:

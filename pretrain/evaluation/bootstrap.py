@@ -7,7 +7,8 @@
                 (Efron 1987; the acceleration is that of `scipy.stats.bootstrap`)
 
 Where all y / w are the same 0 or the same 1, resampling sees no spread and would call the figure exact; the interval is
-then the exact binomial one of Clopper and Pearson over the clusters.
+then the exact binomial one of Clopper and Pearson over the clusters; for differences that are all 0, the same to both
+sides.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ def bootstrap(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     method: Method = "percentile",
+    signed: bool = False,
 ) -> Estimate:
     """Return sum(values) / sum(weights) and its interval over resampled clusters.
 
     values: [n] numerators; for a paired comparison, the differences.
     clusters: [n] what each value belongs to; equal ones are drawn together.
     weights: [n] denominators above 0; None: 1 each.
+    signed: whether values / weights may lie below 0, as differences do.
     resamples: draws; 2000 keep the ends of a 95 % interval within about 2 % of its width.
 
     Raises PretrainError where there are no values.
@@ -67,7 +70,8 @@ def bootstrap(
     mean = float(top.sum() / bottom.sum())
     if mean in (0.0, 1.0) and np.all(numerators == mean * denominators):
         exact = stats.binomtest(round(mean) * len(top), len(top)).proportion_ci(level)
-        return Estimate(mean, float(exact.low), float(exact.high))
+        low = -float(exact.high) if signed and mean == 0 else float(exact.low)
+        return Estimate(mean, low, float(exact.high))
     if len(top) == 1:
         return Estimate(mean, float("-inf"), float("inf"))
     counts = np.random.default_rng(seed).multinomial(len(top), np.full(len(top), 1 / len(top)), resamples)

@@ -1,7 +1,9 @@
 """The documents a run has not seen, and those it has, read from its shards with every byte checked.
 
 What was held out follows from the config alone: `split: train` leaves the split `test`, `hold_out: k/N` leaves fold k
-of N by group. Sources that trained on everything hold nothing out and are left aside.
+of N by group. Sources that trained on everything hold nothing out and are left aside. So are held-out documents whose
+text or a medium is also in a training document: groups do not join captions that nobody spoke, nor files that only
+became equal when they were decoded, nor different corpora.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class EvaluationDocument:
             return normalise_text(self.text) or self.text
         return f"{self.media[modality].xxh3:016x}"
 
+    def part_keys(self) -> set[tuple[str, str]]:
+        """Return (modality, key) of every part; none for an empty text."""
+        return {(name, self.key(name)) for name in (TEXT, *self.media) if name != TEXT or self.text}
+
     def has(self, *modalities: str) -> bool:
         """Tell whether the document has a part of each modality."""
         return all(bool(self.text) if name == TEXT else name in self.media for name in modalities)
@@ -76,12 +82,14 @@ class EvaluationDocuments:
 
     split: the split that is held out; None where a fold is.
     fold: `k/N`, or None.
+    left_out: number of held-out documents that share a text or a medium with a training document, and so are not asked.
     """
 
     held_out: tuple[EvaluationDocument, ...]
     training: tuple[EvaluationDocument, ...]
     split: str | None
     fold: str | None
+    left_out: int
     reader: ShardReader
 
     def part(self, document: EvaluationDocument, modality: str) -> PromptPart:
@@ -102,11 +110,13 @@ class EvaluationDocuments:
 def read_documents(
     data: DataConfig,
     *,
+    asked_split: str = HELD_OUT_SPLIT,
     locate: Callable[[str], str | Path] = Path,
     tell: Callable[[str], object] = lambda _: None,
 ) -> EvaluationDocuments:
     """Read what the sources of a run hold out, and what they trained on; without media that no pack of it can hold.
 
+    asked_split: the split that is asked about, of sources that trained on another one.
     locate: where a shard folder of the config is now.
 
     Raises PretrainError where nothing is held out, or the shards have no group labels, and DataError where shards
@@ -117,14 +127,14 @@ def read_documents(
     training: list[EvaluationDocument] = []
     held_names: set[tuple[str | None, str | None]] = set()
     for source in data.sources:
-        if not _holds_out(source):
+        if not _holds_out(source, asked_split):
             tell(f"source {source.name} trained on everything; nothing of it is evaluated")
             continue
-        held_names.add((None, source.hold_out) if source.hold_out else (HELD_OUT_SPLIT, None))
-        for place, document in _source_documents(source, locate(source.shards), reader, data):
+        held_names.add((None, source.hold_out) if source.hold_out else (asked_split, None))
+        for place, document in _source_documents(source, asked_split, locate(source.shards), reader, data):
             (held_out if place else training).append(document)
     if not held_names:
-        raise PretrainError(_nothing_held_out(data))
+        raise PretrainError(_nothing_held_out(data, asked_split))
     if len(held_names) > 1:
         raise PretrainError(
             "data.sources hold out different things (split, hold_out); give all of them the same setting to evaluate"
@@ -132,14 +142,26 @@ def read_documents(
     if not held_out:
         names = ", ".join(source.name for source in data.sources)
         raise PretrainError(f"the shards of {names} have no held-out document; build them from more of the corpus")
+    asked = _unseen(held_out, training)
+    if not asked:
+        raise PretrainError("every held-out document shares its text or a medium with a training document")
+    if len(asked) < len(held_out):
+        tell(f"{len(held_out) - len(asked)} held-out documents share a text or a medium with training; left out")
     split, fold = held_names.pop()
     return EvaluationDocuments(
-        held_out=tuple(sorted(held_out, key=lambda document: (document.corpus, document.id))),
+        held_out=tuple(sorted(asked, key=lambda document: (document.corpus, document.id))),
         training=tuple(sorted(training, key=lambda document: (document.corpus, document.id))),
         split=split,
         fold=fold,
+        left_out=len(held_out) - len(asked),
         reader=reader,
     )
+
+
+def _unseen(held_out: list[EvaluationDocument], training: list[EvaluationDocument]) -> list[EvaluationDocument]:
+    """Return the held-out documents of which no part is in a training document, of whatever corpus and language."""
+    seen = {key for document in training for key in document.part_keys()}
+    return [document for document in held_out if seen.isdisjoint(document.part_keys())]
 
 
 def sample(documents: list[EvaluationDocument], most: int, *, seed: int, purpose: str) -> list[EvaluationDocument]:
@@ -156,15 +178,15 @@ def keyed_hash(seed: int, *words: str) -> int:
     return xxhash.xxh3_64_intdigest("\0".join(words).encode(), seed)
 
 
-def _holds_out(source: SourceConfig) -> bool:
-    return source.hold_out is not None or source.split not in (None, HELD_OUT_SPLIT)
+def _holds_out(source: SourceConfig, asked_split: str) -> bool:
+    return source.hold_out is not None or source.split not in (None, asked_split)
 
 
-def _nothing_held_out(data: DataConfig) -> str:
+def _nothing_held_out(data: DataConfig, asked_split: str) -> str:
     first = data.sources[0]
-    if first.split == HELD_OUT_SPLIT:
+    if first.split == asked_split:
         return (
-            f"data.sources.{first.name}.split is {HELD_OUT_SPLIT!r}: the run trained on what is evaluated; "
+            f"data.sources.{first.name}.split is {asked_split!r}: the run trained on what is evaluated; "
             "train with split: train"
         )
     return (
@@ -174,7 +196,7 @@ def _nothing_held_out(data: DataConfig) -> str:
 
 
 def _source_documents(
-    source: SourceConfig, shards: str | Path, reader: ShardReader, data: DataConfig
+    source: SourceConfig, asked_split: str, shards: str | Path, reader: ShardReader, data: DataConfig
 ) -> Iterator[tuple[bool, EvaluationDocument]]:
     """Yield (held out?, document) of those that are held out or were trained on."""
     manifest = Manifest.load(shards)
@@ -187,19 +209,19 @@ def _source_documents(
                     f"{manifest.root}: document {row['id']!r} has no label `group` or `split`; build the shards again, "
                     "with a source that writes them"
                 )
-            held_out = _is_held_out(source, labels)
+            held_out = _is_held_out(source, asked_split, labels)
             if held_out is not None:
                 yield held_out, _document(row, labels, tar, reader, data)
 
 
-def _is_held_out(source: SourceConfig, labels: dict[str, Any]) -> bool | None:
+def _is_held_out(source: SourceConfig, asked_split: str, labels: dict[str, Any]) -> bool | None:
     """Return True for what is held out, False for what was trained on, None for neither."""
     if source.fold is not None:
         number, folds = source.fold
         return fold_of(str(labels["group"]), folds) == number
     if labels["split"] == source.split:
         return False
-    return True if labels["split"] == HELD_OUT_SPLIT else None
+    return True if labels["split"] == asked_split else None
 
 
 def _document(

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation import caption_nll, classification, retrieval
-from triweave.pretrain.evaluation.documents import EvaluationDocuments, read_documents
+from triweave.pretrain.evaluation.documents import HELD_OUT_SPLIT, EvaluationDocuments, read_documents
 from triweave.pretrain.evaluation.embed import PartEncoder, is_contrastive
 from triweave.pretrain.evaluation.floors import SimpleFeatures
 from triweave.pretrain.evaluation.tasks import AUDIO, IMAGE, Task, retrieval_tasks
@@ -48,6 +48,7 @@ def evaluate_folds(
     *,
     controls: Sequence[LoadedRun] | None = None,
     run_dir: Path | None = None,
+    split: str = HELD_OUT_SPLIT,
     seed: int = 0,
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
@@ -56,8 +57,9 @@ def evaluate_folds(
     runs: one run, or the runs of all folds, in order.
     controls: models trained on shuffled pairs, one beside each run.
     run_dir: what the result names; None: that of the only run.
+    split: what runs that trained on a split are asked about.
     """
-    evaluation = Evaluation(seed=seed, tell=tell)
+    evaluation = Evaluation(split=split, seed=seed, tell=tell)
     for number, run in enumerate(runs):
         evaluation.add(run, None if controls is None else controls[number])
     return evaluation.result(run_dir=runs[0].run_dir if run_dir is None else run_dir)
@@ -72,8 +74,9 @@ class Evaluation:
     pictures: label -> classified pictures of every run. nlls: modality -> caption likelihoods of every run.
     """
 
-    def __init__(self, *, seed: int, tell: Tell = lambda _: None) -> None:
-        """`seed`: of shuffles, ties and resamples."""
+    def __init__(self, *, split: str = HELD_OUT_SPLIT, seed: int, tell: Tell = lambda _: None) -> None:
+        """split: what runs that trained on a split are asked about. seed: of shuffles, ties and resamples."""
+        self._asked_split = split
         self.split: str | None = None
         self.left_out = 0
         self.runs: list[LoadedRun] = []
@@ -111,7 +114,7 @@ class Evaluation:
         }
 
     def _ask(self, run: LoadedRun, control: LoadedRun | None) -> None:
-        documents = read_documents(run.config.data, locate=run.locate, tell=self._tell)
+        documents = read_documents(run.config.data, asked_split=self._asked_split, locate=run.locate, tell=self._tell)
         self.split = documents.split
         self.left_out += documents.left_out
         where = f"split {documents.split}" if documents.split else f"fold {documents.fold}"

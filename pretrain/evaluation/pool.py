@@ -40,17 +40,18 @@ def bootstrap_seeds(
     seed: int,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
+    signed: bool = False,
 ) -> Estimate:
     """Return sum(values) / (R sum(weights)) and its interval over resampled clusters and rows.
 
     values: [R, n] numerators, a row for each of R trained seeds.
-    clusters, weights: [n] as for `bootstrap`, the same for every row.
+    clusters, weights: [n] as for `bootstrap`, the same for every row; signed: as there.
 
     Raises PretrainError where there are no values.
     """
     numerators = np.atleast_2d(np.asarray(values, np.float64))
     mean_row = numerators.mean(axis=0)
-    whole = bootstrap(mean_row, clusters, weights=weights, seed=seed, level=level, resamples=resamples)
+    whole = bootstrap(mean_row, clusters, weights=weights, seed=seed, level=level, resamples=resamples, signed=signed)
     denominators = np.ones_like(mean_row) if weights is None else np.asarray(weights, np.float64)
     R = len(numerators)
     sums = [cluster_sums(row, denominators, clusters) for row in numerators]
@@ -110,25 +111,25 @@ def _pooled_ranks(by_seed: Sequence[Pools], part: str, entry: dict[str, Any], *,
     groups = [[group for pool in own for group in pool.groups] for own in pools]
     _require_same(groups)
     ranks = [joined(own) for own in pools]
-    floor = ranks[0][entry["difference"]["floor"]]
+    floors = {k: str(entry["difference"][f"r{k}"]["floor"]) for k in (1, 10)}
 
     def recalls(k: int) -> Floats:
         return np.stack([hits(own[MODEL], k) for own in ranks])
 
-    def estimate(values: Floats) -> Estimate:
-        return bootstrap_seeds(values, groups[0], seed=seed)
+    def difference(k: int, name: str) -> dict[str, Any]:
+        own = bootstrap_seeds(recalls(k) - hits(ranks[0][name], k), groups[0], seed=seed, signed=True)
+        return {"mean": own.mean, "ci": own.interval}
 
-    def difference(other: npt.NDArray[np.int64]) -> dict[str, Any]:
-        found = {k: estimate(recalls(k) - hits(other, k)) for k in (1, 10)}
-        return {f"r{k}": {"mean": own.mean, "ci": own.interval} for k, own in found.items()}
+    to_floors = {f"r{k}": {"floor": name, **difference(k, name)} for k, name in floors.items()}
+    to_control = {f"r{k}": difference(k, CONTROL) for k in (1, 10)} if CONTROL in ranks[0] else None
 
     singles = [figures(own[MODEL]) for own in ranks]
     means = np.mean(np.asarray(singles, np.float64), axis=0).tolist()
     return {
         **dict(zip(singles[0]._fields, means, strict=True)),
-        "ci": {f"r{k}": estimate(recalls(k)).interval for k in (1, 10)},
-        "difference": {"floor": entry["difference"]["floor"], **difference(floor)},
-        "control_difference": difference(ranks[0][CONTROL]) if CONTROL in ranks[0] else None,
+        "ci": {f"r{k}": bootstrap_seeds(recalls(k), groups[0], seed=seed).interval for k in (1, 10)},
+        "difference": {"floor": floors[10], **to_floors},
+        "control_difference": to_control,
         "seeds": {"r1": [own.r1 for own in singles], "r10": [own.r10 for own in singles]},
     }
 
@@ -169,7 +170,7 @@ def pool_caption_nll(
         tokens = first.tokens[chosen]
         sums = {name: np.stack([getattr(own, name)[chosen] for own in by_seed]) for name in caption_nll.FIGURES}
         gaps = sums["shuffled"] - sums["true"]
-        pooled = bootstrap_seeds(gaps, groups, weights=tokens, seed=seed)
+        pooled = bootstrap_seeds(gaps, groups, weights=tokens, seed=seed, signed=True)
         means = {
             words: float(sums[name].sum() / (len(by_seed) * tokens.sum()))
             for name, words in caption_nll.FIGURES.items()

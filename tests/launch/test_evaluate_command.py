@@ -133,6 +133,19 @@ def test_what_cannot_be_is_one_line(
     assert words in line
 
 
+def test_a_control_is_refused_where_there_is_no_retrieval(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from triweave.launch.commands.evaluate import control_of
+    from triweave.launch.errors import LaunchError
+
+    model = SimpleNamespace(objectives={"language_model": 1.0})
+    trained = SimpleNamespace(config=SimpleNamespace(model=model), run_dir=tmp_path)
+    with pytest.raises(LaunchError, match=r"--control: .* has no contrastive objective"):
+        control_of(SimpleNamespace(), trained)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path / "nothing")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -76,6 +76,16 @@ def test_a_folder_of_another_training_is_refused(config: RunConfig, tmp_path: Pa
         variants.train_variant(control, ranks=1, machine=MACHINE)
 
 
+def test_a_run_named_by_another_path_is_the_same_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = variants._write_request(variants.control_config(config, Path("run")), Path("run/control"))
+    named = variants.control_config(config, tmp_path / "run")
+    assert variants._write_request(named, Path(named.run_dir)).samefile(first)
+    assert load_config(first).run_dir == str(tmp_path / "run" / "control")  # what the launcher is given
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(LaunchError, match="can be written"):

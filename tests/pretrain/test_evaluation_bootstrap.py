@@ -83,3 +83,9 @@ def test_the_seed_decides() -> None:
 def test_nothing_to_bootstrap_is_refused_in_one_line() -> None:
     with pytest.raises(PretrainError, match="no values"):
         bootstrap([], [], seed=0)
+
+
+def test_differences_that_are_all_0_may_be_off_to_either_side() -> None:
+    share, difference = (bootstrap(np.zeros(40), range(40), seed=0, signed=signed) for signed in (False, True))
+    assert share.interval == pytest.approx([0, 0.0881], abs=1e-4)
+    assert difference.interval == [-share.high, share.high]

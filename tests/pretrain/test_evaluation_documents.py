@@ -32,7 +32,7 @@ from triweave.pretrain.evaluation.embed import PartEncoder, encode_parts
 from triweave.pretrain.evaluation.evaluate import evaluate_folds, evaluate_run
 from triweave.pretrain.evaluation.floors import SimpleFeatures, cosines, length_scores, ridge_scores
 from triweave.pretrain.evaluation.metrics import best_ranks, figures
-from triweave.pretrain.evaluation.tasks import relation, retrieval_tasks
+from triweave.pretrain.evaluation.tasks import Task, relation, retrieval_tasks
 from triweave.pretrain.load import LoadedRun
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
@@ -123,10 +123,38 @@ def groups(documents: tuple[EvaluationDocument, ...]) -> set[int]:
     return {int(document.group.removeprefix("group-")) for document in documents}
 
 
+def test_held_out_documents_that_share_a_part_with_training_are_left_out(corpus: Path, tmp_path: Path) -> None:
+    rows = [row(number, "speech", media={"audio": clip(number)}) for number in range(4)]  # 0 and 3 are held out
+    for number, group in ((30, "text"), (33, "sound"), (36, "none")):
+        media = {"audio": clip(1 if group == "sound" else number)}
+        held_out = row(number, "speech", media=media, corpus="voices")
+        if group == "text":
+            held_out["parts"][-1]["text"] = "a RED elephant - number 4"
+        rows.append(held_out)
+    rows.append(row(4, "caption", media={"image": picture(4)}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    build(ManifestSource(root=tmp_path / "rows.jsonl"), tmp_path / "shards", BuildOptions())
+    source = SourceConfig(name="zoo", shards=str(tmp_path / "shards"), split="train")
+    told: list[str] = []
+    found = read_documents(replace(data_config(corpus), sources=[source]), tell=told.append)
+    assert groups(found.held_out) == {0, 3, 36}
+    assert found.left_out == 2
+    assert told == ["2 held-out documents share a text or a medium with training; left out"]
+
+
 def test_a_run_on_the_split_train_is_asked_about_the_split_test(documents) -> None:
     assert (documents.split, documents.fold) == ("test", None)
     assert groups(documents.held_out) == set(range(0, CONCEPTS, 3))
     assert groups(documents.training) == set(range(CONCEPTS)) - groups(documents.held_out)
+
+
+def test_another_split_can_be_asked_about(corpus: Path) -> None:
+    data = data_config(corpus, split="test")  # as if `test` had been trained on and `train` were the validation split
+    found = read_documents(data, asked_split="train")
+    assert found.split == "train"
+    assert groups(found.training) == set(range(0, CONCEPTS, 3))
+    with pytest.raises(PretrainError, match="no held-out document"):
+        read_documents(data_config(corpus, split="train"), asked_split="validation")
 
 
 def test_a_fold_is_asked_about_what_it_left_out(corpus: Path) -> None:
@@ -299,6 +327,21 @@ class Oracle(PartEncoder):
     def embeddings(self, documents, modality):  # noqa: ARG002
         numbers = [int(document.group.removeprefix("group-")) for document in documents]
         return np.eye(CONCEPTS, dtype=np.float32)[numbers]
+
+
+def test_each_recall_is_compared_with_its_own_best_floor() -> None:
+    task = Task(name="t", corpus="zoo", language="en", source="audio", target="text", pools=())
+    ranks = {"model": [1, 5, 20, 20], "ridge": [1, 1, 20, 20], "length": [9, 9, 9, 20]}
+    pool = retrieval.PoolRanks(
+        language="en",
+        groups=["a", "b", "c", "d"],
+        candidates=30,
+        ranks={name: np.asarray(own) for name, own in ranks.items()},
+        chance={k: np.full(4, k / 30) for k in (1, 10)},
+    )
+    found = retrieval.summarise(task, [{"all": pool}], seed=0)["difference"]
+    assert (found["floor"], found["r1"]["floor"], found["r10"]["floor"]) == ("length", "ridge", "length")
+    assert (found["r1"]["mean"], found["r10"]["mean"]) == (0.25 - 0.5, 0.5 - 0.75)
 
 
 def test_figures_of_a_perfect_model_and_its_control(make_run, documents) -> None:

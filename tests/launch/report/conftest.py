@@ -77,7 +77,7 @@ def retrieval_entry(r10: float, floor: float, **more: Any) -> dict[str, Any]:
 def evaluation_content() -> dict[str, Any]:
     """One task above its floor with a control at chance, one at chance; pictures matter to captions, sounds do not."""
     control = {"r1": 0.01, "r10": 0.11, "ci": {"r1": [0.0, 0.03], "r10": [0.07, 0.15]}}
-    symbols = {"n": 90, "r1": 0.05, "r10": 0.33}
+    symbols = {"n": 90, "r1": 0.05, "r10": 0.33, "chance": {"r1": 0.011, "r10": 0.125}}
     return {
         "version": 1,
         "run_dir": "runs/a",

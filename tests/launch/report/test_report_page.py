@@ -130,10 +130,10 @@ def test_the_page_says_what_the_figures_are(page_text: str) -> None:
     for words in (
         "Partly. A caption costs 0.200 nats per token more under a wrong picture (95 % interval 0.100 to 0.300)",
         "a wrong sound does not measurably worsen captions (0.010 nats",
-        "above chance in 1 of 2 tasks and above the best classical floor in 1 of 2",
+        "above chance in 1 of 2 tasks and above the best classical floor in 1 of 2 (below it in 1)",
         "a control trained on shuffled pairs is at chance in 1 of 1",
         "tuxpaint image → caption en 40.0 (35.0 to 45.0) 10.0 (8.0 to 13.3) 10.0 / 1.0 12.0 / 1.0 30.0 / 7.5 "
-        "+10.0 (5.0 to 15.0) 11.0 / 1.0 33.0 / 5.0 12.0 0.200 120 100",
+        "+10.0 (5.0 to 15.0) 11.0 / 1.0 33.0, chance 12.5 12.0 120 / 100",
         "by image 3.000 3.200 +0.200 (0.100 to 0.300) 3.150 120",
         "category 120 16 55.0 (50.0 to 60.0) 26.6 51.0",
         "Pack fill 97.7 %",
@@ -162,9 +162,26 @@ def test_verdicts(make_run: MakeRun) -> None:
         content["caption_nll"]["image"]["ci"] = [-0.1, 0.3]
         del content["retrieval"]["tuxpaint image->caption en"]
 
+    def only_one_task_of_three_above_its_floor(content: dict[str, Any]) -> None:
+        sounds_matter(content)
+        task = copy.deepcopy(content["retrieval"]["tuxpaint image->caption en"])
+        task["difference"]["r10"]["ci"] = [-0.1, 0.1]
+        content["retrieval"] |= {"second": task, "tuxpaint speech->image": task}
+
+    def one_task_of_three_by_luck(content: dict[str, Any]) -> None:
+        content["caption_nll"]["image"]["ci"] = [-0.1, 0.3]
+        content["retrieval"]["second"] = content["retrieval"]["tuxpaint speech->image"]
+
+    def a_control_that_finds_as_much(content: dict[str, Any]) -> None:
+        sounds_matter(content)
+        content["retrieval"]["tuxpaint image->caption en"]["control"]["ci"]["r10"] = [0.3, 0.4]
+
     assert level(lambda _: None) == "partly"
     assert level(sounds_matter) == "yes"
+    assert level(only_one_task_of_three_above_its_floor) == "floor"
     assert level(only_at_chance) == "no"
+    assert level(one_task_of_three_by_luck) == "no"
+    assert level(a_control_that_finds_as_much) == "partly"
     assert level(lambda content: content.update(retrieval={}, caption_nll={})) == "open"
 
 
@@ -273,3 +290,25 @@ def test_wording() -> None:
     assert duration(147) == "2.5 min"
     assert readable("a\x00b\n c\u202e\ud800") == "a b c ?"
     assert len(readable("x" * 10_000)) == 400
+
+
+def test_titles_set_languages_apart_and_the_control_is_named_where_there_is_one(make_run: MakeRun) -> None:
+    folder = make_run()
+    assert "a model trained on shuffled pairs" in Page(render(folder)).text
+    content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    tasks = content["retrieval"]
+    content["retrieval"] = {
+        "asterisk speech->transcript it": tasks["tuxpaint speech->image"] | {"language": "it"},
+        "tuxpaint image->caption other": tasks["tuxpaint speech->image"] | {"language": "other"},
+        "tuxpaint speech->image": tasks["tuxpaint speech->image"] | {"language": "all"},
+    }
+    parsed = parse_evaluation(content).retrieval
+    assert [task.title for task in parsed] == [
+        "asterisk speech → transcript (it)",
+        "tuxpaint image → caption (other languages)",
+        "tuxpaint speech → image",
+    ]
+    (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+    text = Page(render(folder)).text
+    assert "shuffled pairs" not in text
+    assert "and above the best classical floor in 0 of 3 (below it in 3)" in text

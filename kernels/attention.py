@@ -7,7 +7,8 @@ Sources: Dao 2023, FlashAttention-2 (backward from out and lse); Wang et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,12 @@ from torch import Tensor
 
 from triweave.kernels import reference_attention, sdpa_attention
 from triweave.kernels import tiles as tile_tables
-from triweave.kernels.backends import choose
+from triweave.kernels.backends import choose, triton_kernels
 from triweave.kernels.errors import KernelInputError
 from triweave.kernels.reference import accumulation_dtype
 
-_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "reference": reference_attention.attention_forward,
-    "sdpa": sdpa_attention.attention_forward,
-}
-_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
-    "reference": reference_attention.attention_backward,
-    "sdpa": sdpa_attention.attention_backward,
-}
+_STRIP_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference_attention, "sdpa": sdpa_attention}
+"""Those that run on the strips of tiles.segments; `triton` has tile lists of its own."""
 
 _TAIL = "Tensor kv_lo, Tensor kv_hi, Tensor? segments, float scale, str impl"
 torch.library.define("triweave::attention", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)")
@@ -37,9 +32,14 @@ torch.library.define(
 )
 
 
-def _segments(kv_lo: Tensor, kv_hi: Tensor, segments: Tensor | None) -> Tensor:
-    if segments is not None:
-        return segments
+def _implementation(impl: str) -> ModuleType:
+    return triton_kernels("attention") if impl == "triton" else _STRIP_IMPLEMENTATIONS[impl]
+
+
+def _table(impl: str, kv_lo: Tensor, kv_hi: Tensor, table: Tensor | None) -> Tensor | None:
+    """Return the table that `impl` reads; `triton` makes its own where there is none."""
+    if table is not None or impl not in _STRIP_IMPLEMENTATIONS:
+        return table
     return torch.from_numpy(tile_tables.segments(kv_lo.cpu().numpy(), kv_hi.cpu().numpy()))
 
 
@@ -48,7 +48,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, segments: Tensor | None, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _FORWARD[impl](q, k, v, kv_lo, kv_hi, _segments(kv_lo, kv_hi, segments), scale)
+        table = _table(impl, kv_lo, kv_hi, segments)
+        return _implementation(impl).attention_forward(q, k, v, kv_lo, kv_hi, table, scale)
 
 
 @torch.library.impl("triweave::attention_backward", "default")
@@ -66,7 +67,8 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _BACKWARD[impl](grad, q, k, v, out, lse, kv_lo, kv_hi, _segments(kv_lo, kv_hi, segments), scale)
+        table = _table(impl, kv_lo, kv_hi, segments)
+        return _implementation(impl).attention_backward(grad, q, k, v, out, lse, kv_lo, kv_hi, table, scale)
 
 
 @torch.library.register_fake("triweave::attention")
@@ -125,25 +127,26 @@ def attention(
     q: [B, S, H, K]; k, v: [B, T, G, K], H a multiple of G; one dtype; any strides with a contiguous last dimension.
     kv_lo, kv_hi: int32 [B, S], 0 <= lo and hi <= T; hi <= lo is an empty row. Every interval is allowed, in any order.
     tiles: what `tiles.attention_tables(kv_lo, kv_hi)` returned for these very intervals (on the CPU), else it is
-    computed here, once forward and once backward. scale: 1 / sqrt(K) unless given.
+    computed here, once forward and once backward. `triton` takes attention_tiles.attention_tables instead, and both may
+    be in one mapping. scale: 1 / sqrt(K) unless given.
     out: [B, S, H, K], contiguous. lse: [B, H, S] in fp32 (fp64 for fp64), natural logarithm, not differentiable.
 
     Computed in fp32 inside for bf16 and fp16. Deterministic, forward and backward. Numbers of keys outside a packed
     document never enter the arithmetic of its rows, so even a NaN elsewhere in the pack leaves them exactly as they
-    are. Memory is linear in S.
+    are. (`triton` gives them weight 0, so NaN and infinities spread within a tile.) Memory is linear in S.
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
     chosen = choose("attention", impl, q.device.type)
     _check(q, k, v, kv_lo, kv_hi)
-    segments = None if tiles is None else torch.as_tensor(tiles["segments"])
+    table = None if tiles is None else tiles.get("tile_lists") if chosen == "triton" else tiles["segments"]
     return torch.ops.triweave.attention(
         _unit_stride(q),
         _unit_stride(k),
         _unit_stride(v),
         kv_lo,
         kv_hi,
-        segments,
+        None if table is None else torch.as_tensor(table),
         q.shape[-1] ** -0.5 if scale is None else scale,
         chosen,
     )

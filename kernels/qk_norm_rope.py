@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from triweave.kernels import reference
-from triweave.kernels.backends import choose
+from triweave.kernels.backends import choose, triton_kernels
 from triweave.kernels.errors import KernelInputError
 
-_TAIL = "Tensor positions, Tensor? q_weight, Tensor? k_weight, int[] sections, bool interleaved, float theta, float eps"
+_TAIL = (
+    "Tensor positions, Tensor? q_weight, Tensor? k_weight, "
+    "int[] sections, bool interleaved, float theta, float eps, str impl"
+)
 torch.library.define("triweave::qk_norm_rope", f"(Tensor q, Tensor k, {_TAIL}) -> (Tensor, Tensor)")
 torch.library.define(
     "triweave::qk_norm_rope_backward",
@@ -35,7 +38,12 @@ def _forward(
     interleaved: bool,
     theta: float,
     eps: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        return triton_kernels("qk_norm_rope").qk_norm_rope_forward(
+            q, k, positions, q_weight, k_weight, sections, interleaved, theta, eps
+        )
     wide = reference.accumulation_dtype(q.dtype)
     cos, sin = reference.rotary_angles(positions, sections, q.shape[-1], theta, wide)
     return (
@@ -57,11 +65,17 @@ def _backward(
     interleaved: bool,
     theta: float,
     eps: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = reference.accumulation_dtype(q.dtype)
-    cos, sin = reference.rotary_angles(positions, sections, q.shape[-1], theta, wide)
-    dq, q_weight_grad = reference.norm_rope_backward(q_grad, q, cos, sin, q_weight, interleaved, eps)
-    dk, k_weight_grad = reference.norm_rope_backward(k_grad, k, cos, sin, k_weight, interleaved, eps)
+    if impl == "triton":
+        dq, dk, q_weight_grad, k_weight_grad = triton_kernels("qk_norm_rope").qk_norm_rope_backward(
+            q_grad, k_grad, q, k, positions, q_weight, k_weight, sections, interleaved, theta, eps
+        )
+    else:
+        wide = reference.accumulation_dtype(q.dtype)
+        cos, sin = reference.rotary_angles(positions, sections, q.shape[-1], theta, wide)
+        dq, q_weight_grad = reference.norm_rope_backward(q_grad, q, cos, sin, q_weight, interleaved, eps)
+        dk, k_weight_grad = reference.norm_rope_backward(k_grad, k, cos, sin, k_weight, interleaved, eps)
     absent = q.new_empty(0), k.new_empty(0)
     return (
         dq,
@@ -118,7 +132,7 @@ def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | N
         None,
         None if q_weight is None else q_weight_grad,
         None if k_weight is None else k_weight_grad,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -152,7 +166,7 @@ def qk_norm_rope(
 
     Raises KernelInputError if shapes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    choose("qk_norm_rope", impl, q.device.type)
+    chosen = choose("qk_norm_rope", impl, q.device.type)
     head_width = q.shape[-1]
     if not sections or min(sections) < 0 or 2 * sum(sections) != head_width:
         raise KernelInputError(
@@ -168,4 +182,6 @@ def qk_norm_rope(
         raise KernelInputError(
             f"qk_norm_rope: positions has shape {tuple(positions.shape)}; it must be {(*q.shape[:2], 3)}"
         )
-    return torch.ops.triweave.qk_norm_rope(q, k, positions, q_weight, k_weight, list(sections), interleaved, theta, eps)
+    return torch.ops.triweave.qk_norm_rope(
+        q, k, positions, q_weight, k_weight, list(sections), interleaved, theta, eps, chosen
+    )

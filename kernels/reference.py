@@ -8,6 +8,8 @@ K head width, V vocabulary, N supervised rows, M modalities.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,13 +95,20 @@ def rotary_angles(
 
     positions int [B, S, 3]; the first sections[0] pairs turn with t, the next sections[1] with h, then w, then t again.
     """
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions.device) / head_width
-    frequencies = (theta**-exponents).to(dtype)
-    counts = torch.tensor(sections, device=positions.device)
-    axes = torch.arange(len(sections), device=positions.device) % 3
-    axis = torch.repeat_interleave(axes, counts, output_size=head_width // 2)
+    axis, frequencies = rotary_table(sections, head_width, theta, dtype, positions.device)
     angles = positions.to(dtype).index_select(-1, axis) * frequencies
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+
+def rotary_table(
+    sections: Sequence[int], head_width: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return (axis int64 [K/2], theta^(-2j/K) [K/2]) of the frequency pairs; the powers are taken in fp64."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width
+    frequencies = (theta**-exponents).to(dtype)
+    counts = torch.tensor(sections, device=device)
+    axes = torch.arange(len(sections), device=device) % 3
+    return torch.repeat_interleave(axes, counts, output_size=head_width // 2), frequencies
 
 
 def norm_rope_forward(

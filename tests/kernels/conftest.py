@@ -1,6 +1,13 @@
-"""One torch thread for every kernel test: the suite shares two cores."""
+"""One torch thread for every kernel test, for the suite shares two cores; and Triton's interpreter."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,3 +20,24 @@ def one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def interpreter_module() -> ModuleType:
+    """The module tests/kernels/interpreter.py."""
+    path = Path(__file__).with_name("interpreter.py")
+    specification = importlib.util.spec_from_file_location("triweave_test_interpreter", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpreter(interpreter_module: ModuleType) -> Iterator[Callable[[str], Any]]:
+    """Triton kernels of one test file run interpreted; `interpreter("swiglu_triton")` returns that module."""
+    pytest.importorskip("triton")
+    with interpreter_module.interpreted_triton() as load:
+        yield load

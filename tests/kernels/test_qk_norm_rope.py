@@ -110,7 +110,7 @@ def test_gradcheck_and_opcheck():
         lambda a, b, c, d: qk_norm_rope(a, b, positions[:1, :2], q_weight=c, k_weight=d, **OPTIONS),
         (q, k, q_weight, k_weight),
     )
-    tail = (positions[:1, :2], q_weight, None, list(SECTIONS), True, 100.0, EPS)
+    tail = (positions[:1, :2], q_weight, None, list(SECTIONS), True, 100.0, EPS, "reference")
     torch.library.opcheck(torch.ops.triweave.qk_norm_rope.default, (q, k, *tail))
     q, k = q.detach(), k.detach()
     tail = (tail[0], q_weight.detach(), *tail[2:])

@@ -126,11 +126,13 @@ def test_gradcheck():
 
 def test_opcheck():
     x, residual, weight, modality = draw(3, 4), draw(3, 4), draw(2, 4), torch.tensor([1, -1, 0])
-    torch.library.opcheck(torch.ops.triweave.rms_norm.default, (x, weight, modality, EPS))
-    torch.library.opcheck(torch.ops.triweave.rms_norm_residual.default, (x, residual, weight, modality, EPS))
+    torch.library.opcheck(torch.ops.triweave.rms_norm.default, (x, weight, modality, EPS, "reference"))
+    torch.library.opcheck(
+        torch.ops.triweave.rms_norm_residual.default, (x, residual, weight, modality, EPS, "reference")
+    )
     torch.library.opcheck(
         torch.ops.triweave.rms_norm_backward.default,
-        (x.detach(), x.detach(), weight.detach(), modality, EPS, None),
+        (x.detach(), x.detach(), weight.detach(), modality, EPS, None, "reference"),
     )
 
 

@@ -49,9 +49,10 @@ def test_large_gates_neither_overflow_nor_leave_a_gradient():
 def test_gradcheck_and_opcheck():
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(swiglu, (gate, up))
-    torch.library.opcheck(torch.ops.triweave.swiglu.default, (gate, up))
-    torch.library.opcheck(torch.ops.triweave.swiglu.default, (gate.T, up.T))
-    torch.library.opcheck(torch.ops.triweave.swiglu_backward.default, (gate.detach(), gate.detach(), up.detach()))
+    torch.library.opcheck(torch.ops.triweave.swiglu.default, (gate, up, "reference"))
+    torch.library.opcheck(torch.ops.triweave.swiglu.default, (gate.T, up.T, "reference"))
+    gate, up = gate.detach(), up.detach()
+    torch.library.opcheck(torch.ops.triweave.swiglu_backward.default, (gate, gate, up, "reference"))
 
 
 def test_compiles_without_a_graph_break_and_survives_checkpointing():

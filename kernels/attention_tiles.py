@@ -1,0 +1,130 @@
+"""The tiles of the Triton attention kernels, and which of them each program visits. numpy only, for loader workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from triweave.kernels.tiles import Intervals, TileTable, tile_table
+
+WIDEST_HEAD = 256
+NARROWEST_PART = 16
+"""Fewest columns that a matrix product takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """Tile of a kernel in query rows and keys, and how it is compiled."""
+
+    query_tile: int
+    key_tile: int
+    warps: int
+    stages: int
+
+
+def _config(query_tile: int, key_tile: int, warps: int, stages: int) -> TileConfig:
+    return TileConfig(query_tile=query_tile, key_tile=key_tile, warps=warps, stages=stages)
+
+
+CONFIGS: dict[str, dict[tuple[int, int], TileConfig]] = {
+    "forward": {
+        (2, 64): _config(128, 64, 4, 3),
+        (2, 128): _config(128, 64, 8, 2),
+        (2, 256): _config(64, 32, 8, 2),
+        (4, 64): _config(64, 32, 4, 2),
+        (4, 128): _config(32, 32, 4, 1),
+        (4, 256): _config(16, 16, 4, 1),
+    },
+    "dq": {
+        (2, 64): _config(64, 64, 4, 2),
+        (2, 128): _config(64, 32, 8, 1),
+        (2, 256): _config(32, 32, 8, 1),
+        (4, 64): _config(32, 32, 4, 1),
+        (4, 128): _config(16, 16, 4, 1),
+        (4, 256): _config(16, 16, 4, 1),
+    },
+    "dkv": {
+        (2, 64): _config(32, 64, 4, 2),
+        (2, 128): _config(32, 64, 8, 2),
+        (2, 256): _config(16, 32, 8, 1),
+        (4, 64): _config(16, 32, 4, 1),
+        (4, 128): _config(16, 16, 4, 1),
+        (4, 256): _config(16, 16, 4, 1),
+    },
+}
+"""Kernel -> (bytes of a number, widest head it is for) -> pinned tile."""
+
+SECTIONS = ("forward", "dq", "dkv")
+"""Order of the kernels' lists in `tile_lists`."""
+HEADER = 3 * len(SECTIONS)
+
+
+def tile_config(kernel: str, width: int, number_bytes: int) -> TileConfig:
+    """Return the pinned tile of a kernel for heads of `width` numbers of 2 or 4 bytes."""
+    fitting = (config for key, config in CONFIGS[kernel].items() if key[0] == number_bytes and width <= key[1])
+    return next(fitting)
+
+
+def tile_sizes(width: int, number_bytes: int) -> list[int]:
+    """Return query and key tile of the kernels of SECTIONS, in order."""
+    configs = [tile_config(kernel, width, number_bytes) for kernel in SECTIONS]
+    return [size for config in configs for size in (config.query_tile, config.key_tile)]
+
+
+def head_parts(width: int) -> tuple[int, int]:
+    """Return (K0, K1), the powers of two that a head is cut into; K1 is 0 where one part is as good."""
+    first = max(NARROWEST_PART, 1 << (width.bit_length() - 1))
+    if width <= first:
+        return first, 0
+    second = max(NARROWEST_PART, 1 << (width - first - 1).bit_length())
+    return (first, second) if second < first else (2 * first, 0)
+
+
+def tile_lists(
+    kv_lo: Intervals, kv_hi: Intervals, *, keys: int, width: int, number_bytes: int
+) -> npt.NDArray[np.int32]:
+    """Return what the three kernels read: which tiles each of their programs visits, in one int32 [N].
+
+    The first three numbers say where each kernel's bounds begin, the next six are the kernels' tiles (query, key).
+    Program n's bounds are (first, middle, end): positions here of the tiles it visits, [first, middle) without a mask.
+    """
+    configs = [tile_config(kernel, width, number_bytes) for kernel in SECTIONS]
+    kv_hi = np.minimum(kv_hi, keys)
+    tables: dict[tuple[int, int], TileTable] = {}
+    for config in configs:
+        size = (config.query_tile, config.key_tile)
+        if size not in tables:
+            tables[size] = tile_table(kv_lo, kv_hi, keys=keys, query_tile=size[0], key_tile=size[1])
+    pieces, starts, end = [], [], HEADER
+    for kernel, config in zip(SECTIONS, configs, strict=True):
+        table = tables[config.query_tile, config.key_tile]
+        if kernel == "dkv":
+            section = _section(table.key_offsets, table.query_tiles_of_key, table.key_full, end)
+        else:
+            section = _section(table.query_offsets, table.key_tiles, table.query_full, end)
+        pieces.append(section)
+        starts.append(end)
+        end += section.size
+    return np.concatenate([np.array(starts + tile_sizes(width, number_bytes), dtype=np.int32), *pieces])
+
+
+def attention_tables(
+    kv_lo: Intervals, kv_hi: Intervals, *, keys: int, width: int, number_bytes: int
+) -> dict[str, npt.NDArray[np.int32]]:
+    """Return the per-pack table that `attention(tiles=..., impl="triton")` takes; for `post_pack` in a worker."""
+    return {"tile_lists": tile_lists(kv_lo, kv_hi, keys=keys, width=width, number_bytes=number_bytes)}
+
+
+def _section(
+    offsets: npt.NDArray[np.int32], visited: npt.NDArray[np.int32], full: npt.NDArray[np.int8], position: int
+) -> npt.NDArray[np.int32]:
+    """Return a kernel's bounds [3 * programs] and then the tiles, each program's full ones first."""
+    programs = offsets.size - 1
+    program = np.repeat(np.arange(programs), np.diff(offsets))
+    order = np.lexsort((visited, 1 - full, program))
+    full_counts = np.bincount(program, weights=full, minlength=programs).astype(np.int64)
+    first = position + 3 * programs + offsets[:-1].astype(np.int64)
+    bounds = np.stack([first, first + full_counts, first + np.diff(offsets)], axis=1)
+    return np.concatenate([bounds.reshape(-1), visited[order]]).astype(np.int32)

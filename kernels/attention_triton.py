@@ -1,0 +1,393 @@
+"""Attention over one key interval per query row, in Triton: a forward kernel, one for dq and one for dk and dv.
+
+    s_ij = scale q_i . k_j;  p_ij = exp(s_ij - lse_i);  out_i = sum_j p_ij v_j
+    dv_j = sum_i p_ij g_i;  ds_ij = p_ij (g_i . v_j - g_i . out_i)
+    dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
+
+No atomics, so the backward is deterministic and computes s and g . v twice: 7 matrix products where 5 would do.
+A program visits the live tiles of its row (or column) of the mask, those without mask arithmetic first. Heads are
+loaded in two parts, K0 + K1 wide, both powers of two: a head of 72, 80 or 96 numbers costs 80, 80 or 96 and not 128.
+Scores, softmax and sums are in fp32; the weights p and ds are rounded to the inputs' type before they are multiplied.
+Sources: Dao 2023, FlashAttention-2; Milakov and Gimelshein 2018 (running softmax).
+"""
+
+# Triton itself types a kernel's arguments, at launch.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triweave.kernels.attention_tiles import (
+    HEADER,
+    SECTIONS,
+    WIDEST_HEAD,
+    head_parts,
+    tile_config,
+    tile_lists,
+    tile_sizes,
+)
+from triweave.kernels.errors import KernelInputError, KernelUnavailableError
+
+# Kernels. `table` is what attention_tiles.tile_lists made.
+
+
+@triton.jit
+def _load_head(rows, inside, WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Load both parts of the heads that `rows` [N, 1] points to; 0 beyond WIDTH, and outside where CHECK_ROWS."""
+    columns = tl.arange(0, K0)
+    if K0 > WIDTH:
+        x0 = tl.load(rows + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        x0 = tl.load(rows + columns[None, :], mask=inside[:, None], other=0.0)
+    else:
+        x0 = tl.load(rows + columns[None, :])
+    x1 = x0
+    if K1 > 0:
+        others = K0 + tl.arange(0, K1)
+        if K0 + K1 > WIDTH:
+            x1 = tl.load(rows + others[None, :], mask=inside[:, None] & (others < WIDTH)[None, :], other=0.0)
+        elif CHECK_ROWS:
+            x1 = tl.load(rows + others[None, :], mask=inside[:, None], other=0.0)
+        else:
+            x1 = tl.load(rows + others[None, :])
+    return x0, x1
+
+
+@triton.jit
+def _store_head(rows, inside, x0, x1, WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
+    """Store both parts, rounded to the type of the tensor that `rows` [N, 1] points to."""
+    columns = tl.arange(0, K0)
+    element = rows.dtype.element_ty
+    tl.store(rows + columns[None, :], x0.to(element), mask=inside[:, None] & (columns < WIDTH)[None, :])
+    if K1 > 0:
+        others = K0 + tl.arange(0, K1)
+        tl.store(rows + others[None, :], x1.to(element), mask=inside[:, None] & (others < WIDTH)[None, :])
+
+
+@triton.jit
+def _along_head(a0, a1, b0, b1, K1: tl.constexpr):
+    """Return a b^T, summed over the head width."""
+    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if K1 > 0:
+        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _add_product(sum0, sum1, weights, b0, b1, K1: tl.constexpr):
+    """Return sum + weights b, the weights rounded to b's type."""
+    rounded = weights.to(b0.dtype)
+    sum0 = tl.dot(rounded, b0, sum0, input_precision="ieee")
+    if K1 > 0:
+        sum1 = tl.dot(rounded, b1, sum1, input_precision="ieee")
+    return sum0, sum1
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
+    S, T, heads_per_group, scale,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+):  # fmt: skip
+    """Write out and lse of one tile of query rows of head h of batch row b; grid (query tiles, H, B)."""
+    tile = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
+    in_rows = rows < S
+    lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
+    hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
+    q_rows = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_qs
+    q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
+    local_keys = tl.arange(0, KEY_TILE)
+    g = h // heads_per_group
+    k_base = k_ptr + b * stride_kb + g * stride_kg
+    v_base = v_ptr + b * stride_vb + g * stride_vg
+    peak = tl.full([QUERY_TILE], float("-inf"), tl.float32)
+    total = tl.full([QUERY_TILE], 0.0, tl.float32)
+    sum0 = tl.full([QUERY_TILE, K0], 0.0, tl.float32)
+    sum1 = tl.full([QUERY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
+    bounds = table_ptr + tl.load(table_ptr) + 3 * (b * tl.num_programs(0) + tile)
+    for MASKED in tl.static_range(2):
+        for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
+            start = tl.load(table_ptr + entry) * KEY_TILE
+            keys = start + local_keys
+            in_keys = keys < T
+            k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
+            k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
+            # base 2: exp2 is the one instruction that the hardware has
+            scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
+            if MASKED:
+                seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            shift = new_peak
+            if MASKED:  # a row that has seen no key yet
+                shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weights = tl.exp2(scores - shift[:, None])
+            decay = tl.exp2(peak - shift)
+            total = total * decay + tl.sum(weights, 1)
+            sum0 = sum0 * decay[:, None]
+            if K1 > 0:
+                sum1 = sum1 * decay[:, None]
+            v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
+            v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
+            sum0, sum1 = _add_product(sum0, sum1, weights, v0, v1, K1)
+            peak = new_peak
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+    tl.store(lse_ptr + (b * heads + h) * S + rows, lse, mask=in_rows)
+    out_rows = out_ptr + ((b * S + rows)[:, None] * heads + h) * WIDTH
+    _store_head(out_rows, in_rows, sum0 / total[:, None], sum1 / total[:, None], WIDTH, K0, K1)
+
+
+@triton.jit
+def dq_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, delta_ptr, dq_ptr,
+    stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh,
+    stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
+    S, T, heads_per_group, scale,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+):  # fmt: skip
+    """Write dq, and delta = g . out for the other kernel, of one tile of query rows; grid (query tiles, H, B)."""
+    tile = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
+    in_rows = rows < S
+    lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
+    hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
+    wide_rows = rows.to(tl.int64)[:, None]
+    q0, q1 = _load_head(q_ptr + b * stride_qb + h * stride_qh + wide_rows * stride_qs, in_rows, WIDTH, K0, K1, True)
+    g0, g1 = _load_head(grad_ptr + b * stride_gb + h * stride_gh + wide_rows * stride_gs, in_rows, WIDTH, K0, K1, True)
+    packed_rows = ((b * S + rows)[:, None] * heads + h) * WIDTH
+    out0, out1 = _load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
+    delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), 1)
+    if K1 > 0:
+        delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), 1)
+    lse_rows = (b * heads + h) * S + rows
+    tl.store(delta_ptr + lse_rows, delta, mask=in_rows)
+    lse = tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf"))
+    # +inf makes every weight of an empty row 0, where -inf would make it inf
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    local_keys = tl.arange(0, KEY_TILE)
+    group = h // heads_per_group
+    k_base = k_ptr + b * stride_kb + group * stride_kg
+    v_base = v_ptr + b * stride_vb + group * stride_vg
+    dq0 = tl.full([QUERY_TILE, K0], 0.0, tl.float32)
+    dq1 = tl.full([QUERY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
+    bounds = table_ptr + tl.load(table_ptr + 1) + 3 * (b * tl.num_programs(0) + tile)
+    for MASKED in tl.static_range(2):
+        for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
+            start = tl.load(table_ptr + entry) * KEY_TILE
+            keys = start + local_keys
+            in_keys = keys < T
+            k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
+            v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
+            k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
+            v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
+            scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
+            weights = tl.exp2(scores - lse[:, None])
+            dscores = weights * (_along_head(g0, g1, v0, v1, K1) - delta[:, None])
+            if MASKED:
+                seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+                dscores = tl.where(seen, dscores, 0.0)
+            dq0, dq1 = _add_product(dq0, dq1, dscores, k0, k1, K1)
+    _store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
+
+
+@triton.jit
+def dkv_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh,
+    stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
+    S, T, heads_per_group, scale,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of one tile of keys, over the query heads of its group in order; grid (key tiles, G, B)."""
+    tile = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    groups = tl.num_programs(1)
+    keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
+    in_keys = keys < T
+    wide_keys = keys.to(tl.int64)[:, None]
+    k0, k1 = _load_head(k_ptr + b * stride_kb + g * stride_kg + wide_keys * stride_kt, in_keys, WIDTH, K0, K1, True)
+    v0, v1 = _load_head(v_ptr + b * stride_vb + g * stride_vg + wide_keys * stride_vt, in_keys, WIDTH, K0, K1, True)
+    dk0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
+    dk1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
+    dv0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
+    dv1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
+    local_rows = tl.arange(0, QUERY_TILE)
+    bounds = table_ptr + tl.load(table_ptr + 2) + 3 * (b * tl.num_programs(0) + tile)
+    for member in tl.range(0, heads_per_group):
+        h = g * heads_per_group + member
+        q_base = q_ptr + b * stride_qb + h * stride_qh
+        grad_base = grad_ptr + b * stride_gb + h * stride_gh
+        lse_row = (b * groups * heads_per_group + h) * S
+        for MASKED in tl.static_range(2):
+            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
+                start = tl.load(table_ptr + entry) * QUERY_TILE
+                rows = start + local_rows
+                in_rows = rows < S
+                q_rows = q_base + start.to(tl.int64) * stride_qs + local_rows[:, None] * stride_qs
+                grad_rows = grad_base + start.to(tl.int64) * stride_gs + local_rows[:, None] * stride_gs
+                q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
+                g0, g1 = _load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
+                lse = tl.load(lse_ptr + lse_row + rows, mask=in_rows, other=float("-inf"))
+                lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+                delta = tl.load(delta_ptr + lse_row + rows, mask=in_rows, other=0.0)
+                scores = _along_head(k0, k1, q0, q1, K1) * (scale * 1.4426950408889634)
+                weights = tl.exp2(scores - lse[None, :])
+                dscores = weights * (_along_head(v0, v1, g0, g1, K1) - delta[None, :])
+                if MASKED:
+                    lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
+                    hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
+                    seen = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :])
+                    weights = tl.where(seen, weights, 0.0)
+                    dscores = tl.where(seen, dscores, 0.0)
+                dv0, dv1 = _add_product(dv0, dv1, weights, g0, g1, K1)
+                dk0, dk1 = _add_product(dk0, dk1, dscores, q0, q1, K1)
+    packed_keys = ((b * T + keys)[:, None] * groups + g) * WIDTH
+    _store_head(dk_ptr + packed_keys, in_keys, dk0 * scale, dk1 * scale, WIDTH, K0, K1)
+    _store_head(dv_ptr + packed_keys, in_keys, dv0, dv1, WIDTH, K0, K1)
+
+
+# Launchers
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, lists: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (out [B, S, H, K], lse [B, H, S]); `lists` is what tile_lists returned, made here unless given."""
+    _check_served(q)
+    batch, rows, heads, width = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    table = _device_lists(lists, q, k, kv_lo, kv_hi)
+    q, k, v = (_addressable(x) for x in (q, k, v))
+    lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=k.shape[1]).int().contiguous()
+    config = tile_config("forward", width, q.element_size())
+    forward_kernel[(-(-rows // config.query_tile), heads, batch)](
+        q, k, v, out, lse, lo, hi, table,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        rows, k.shape[1], heads // k.shape[2], scale,
+        **launch_options("forward", width, q.element_size()),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_lo: Tensor,
+    kv_hi: Tensor,
+    lists: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv), contiguous, of out's gradient `grad` from the stored out and lse."""
+    _check_served(q)
+    batch, rows, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    table = _device_lists(lists, q, k, kv_lo, kv_hi)
+    grad, q, k, v = (_addressable(x) for x in (grad.to(q.dtype), q, k, v))
+    lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=keys).int().contiguous()
+    lse, out = lse.contiguous(), out.contiguous()
+    delta = torch.empty_like(lse)
+    strides = (*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    sizes = (rows, keys, heads // groups, scale)
+    query_tiles = -(-rows // tile_config("dq", width, q.element_size()).query_tile)
+    dq_kernel[(query_tiles, heads, batch)](
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lo,
+        hi,
+        table,
+        delta,
+        dq,
+        *strides,
+        *sizes,
+        **launch_options("dq", width, q.element_size()),
+    )
+    key_tiles = -(-keys // tile_config("dkv", width, q.element_size()).key_tile)
+    dkv_kernel[(key_tiles, groups, batch)](
+        grad,
+        q,
+        k,
+        v,
+        lse,
+        lo,
+        hi,
+        table,
+        delta,
+        dk,
+        dv,
+        *strides,
+        *sizes,
+        **launch_options("dkv", width, q.element_size()),
+    )
+    return dq, dk, dv
+
+
+def launch_options(kernel: str, width: int, number_bytes: int) -> dict[str, int | bool]:
+    """Return a kernel's constants and how Triton is to compile it."""
+    config = tile_config(kernel, width, number_bytes)
+    first, second = head_parts(width)
+    return {
+        "WIDTH": width,
+        "K0": first,
+        "K1": second,
+        "QUERY_TILE": config.query_tile,
+        "KEY_TILE": config.key_tile,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _check_served(q: Tensor) -> None:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise KernelUnavailableError(
+            f"attention: impl='triton' cannot serve {q.dtype}, only float32, float16 and bfloat16; use reference"
+        )
+    if q.shape[3] > WIDEST_HEAD:
+        raise KernelUnavailableError(
+            f"attention: impl='triton' serves heads of at most {WIDEST_HEAD} numbers, not {q.shape[3]}; use reference"
+        )
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """Return x, or a copy of it if a tile of it does not lie within 2^31 numbers or a head is not contiguous."""
+    return x if x.stride(3) == 1 and x.stride(1) * 256 < 2**31 else x.contiguous()
+
+
+def _device_lists(lists: Tensor | None, q: Tensor, k: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Tensor:
+    """Return the tile lists on q's device; lists that were made for other tiles are refused while on the CPU."""
+    keys, width, size = k.shape[1], q.shape[3], q.element_size()
+    if lists is None:
+        made = tile_lists(kv_lo.cpu().numpy(), kv_hi.cpu().numpy(), keys=keys, width=width, number_bytes=size)
+        return torch.from_numpy(made).to(q.device)
+    if lists.device.type == "cpu" and lists[len(SECTIONS) : HEADER].tolist() != tile_sizes(width, size):
+        raise KernelInputError("attention: the tile lists are for another head width or dtype; make them anew")
+    return lists.to(q.device, non_blocking=True)

@@ -28,8 +28,9 @@ COMMANDS = {
     "evaluate": "ask a trained model about what it has not seen, beside floors, a control and chance",
     "report": "one self-contained HTML page about one run or several side by side",
     "generate": "let a trained model go on from pictures, sounds and text",
-    "demo": "everything on a small real corpus: fetch, build, train, kill, resume",
+    "demo": "everything on small real corpora: fetch, build, train, kill, resume, evaluate, report",
     "bench": "measure the loader against webdataset, and generation with and without its cache",
+    "kernels": "compile the Triton kernels ahead of time, for any chip, and show what they cost",
 }
 
 

@@ -15,7 +15,7 @@ from triweave.launch.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
-SUBCOMMANDS = {"tokenizer": ("train",), "bench": ("loader",)}
+SUBCOMMANDS = {"tokenizer": ("train",), "bench": ("loader", "generate")}
 
 
 def shell_lines() -> list[list[str]]:

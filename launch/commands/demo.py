@@ -1,5 +1,5 @@
 """examples:
-  triweave demo                                    some minutes on 2 CPU cores after the downloads (259 MB)
+  triweave demo                                    about 8 minutes on 2 CPU cores after the downloads (259 MB)
   triweave demo --corpus emoji                     without apt: a synthetic corpus from the Python registry (41 MB)
   triweave demo --tuxpaint tuxpaint-stamps-default_2022.06.04-1_all.deb --asterisk FOLDER
   triweave demo --out /tmp/demo --steps 40 --json

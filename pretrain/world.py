@@ -26,6 +26,8 @@ AGREED = "all ranks raise this"
 ALONE = "not all ranks raise this"
 """Note on an error that `open_world` raises on some ranks only: each of them has to print it."""
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_set_for_one: dict[str, str] = {}
+"""What `open_world` put into the environment of a process without a launcher."""
 MESSAGE_BYTES = 4096
 """An error message that travels between ranks is cut to this many UTF-8 bytes."""
 
@@ -99,7 +101,8 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        _set_for_one.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(_set_for_one)
     if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
         half = PretrainError(
             f"RANK is set but {missing[0]} is not; start ranks with `triweave launch` or `deepspeed`, or unset RANK to "
@@ -134,9 +137,14 @@ def world_is_open() -> bool:
 
 
 def close_world() -> None:
-    """Leave the process group."""
+    """Leave the process group, and take back what a world of one put into the environment.
+
+    Otherwise a child process would take itself for rank 0 at a port that is in use.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _set_for_one:
+        os.environ.pop(_set_for_one.popitem()[0], None)
 
 
 def _quieten_deepspeed(device: str) -> None:

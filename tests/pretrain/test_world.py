@@ -9,7 +9,7 @@ import pytest
 
 from triweave.data_pipeline.errors import DataError
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.world import open_world
+from triweave.pretrain.world import LAUNCHER_VARIABLES, close_world, open_world
 
 THIS = Path(__file__)
 
@@ -40,6 +40,15 @@ def test_half_a_launcher_environment_is_refused_by_name(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(PretrainError, match="RANK is set but LOCAL_RANK is not"):
         open_world("cpu")
+
+
+def test_a_world_of_one_takes_its_environment_back() -> None:
+    """A child that found RANK and the parent's port would fail, or wait for ranks that do not exist."""
+    world = open_world("cpu")
+    assert (world.rank, world.size) == (0, 1)
+    assert os.environ["RANK"] == "0"
+    close_world()
+    assert [name for name in ("RANK", *LAUNCHER_VARIABLES) if name in os.environ] == []
 
 
 def test_errors_and_stops_reach_every_rank(rank_pool):

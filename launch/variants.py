@@ -90,6 +90,8 @@ def _write_request(config: RunConfig, run_dir: Path) -> Path:
             raise LaunchError(
                 f"{run_dir} was trained with another config (compare {request}); remove the folder to train it anew"
             )
+        if request.read_text(encoding="utf-8") == to_yaml(config):
+            return request
     try:
         save_resolved(config, request)
     except OSError as error:

@@ -78,12 +78,12 @@ def start_worker(_worker: int) -> None:
     what either means (checkpoint and leave, say) and needs its workers until then. And a rank that is killed outright
     tells nobody. So a thread waits for the rank's own SIGTERM and looks whether the rank still lives.
     """
-    tune_memory()
-    use_one_blas_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before all that takes time
     sys.excepthook = _report_unless_hung_up
     threading.Thread(target=_leave_with_rank, daemon=True).start()
+    tune_memory()
+    use_one_blas_thread()
 
 
 def tune_memory() -> None:

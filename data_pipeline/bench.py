@@ -32,6 +32,7 @@ import xxhash
 
 from triweave.data_pipeline.config import DataConfig, SourceConfig
 from triweave.data_pipeline.errors import ConfigError
+from triweave.data_pipeline.machine import processor_name
 from triweave.data_pipeline.media.geometry import MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.shards.index import read_index
@@ -124,14 +125,8 @@ def bench_loader(
 
 def machine() -> dict[str, Any]:
     """Name what was measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "cpu": model,
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

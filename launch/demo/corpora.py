@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from triweave.launch.demo.stage_display import SUMMARY
 from triweave.launch.errors import DemoError
-from triweave.launch.stage_display import SUMMARY
 
 AUTO, DEBIAN, EMOJI = "auto", "debian", "emoji"
 CHOICES = (AUTO, DEBIAN, EMOJI)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from triweave.launch.demo.corpora import CorpusSet
+from triweave.launch.demo.stage_display import SUMMARY
 from triweave.launch.errors import DemoError
-from triweave.launch.stage_display import SUMMARY
 
 IMAGE_MAX_SIDE_PX = 64
 AUDIO_RATE_HZ = 16_000

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from triweave.launch.stage_display import SUMMARY
+from triweave.data_pipeline.shards.manifest import write_atomically
+from triweave.launch.demo.stage_display import SUMMARY
 
 EVALUATION_NAME = "evaluation.json"
 Update = Callable[[float, float | None, str], None]
@@ -71,6 +72,4 @@ def telling(update: Update) -> Callable[[str], None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one act."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")

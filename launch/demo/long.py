@@ -31,17 +31,16 @@ from triweave.launch.demo.short import (
     data_stages,
     prepare,
 )
+from triweave.launch.demo.stage_display import SUMMARY, StageDisplay
+from triweave.launch.demo.stages import StageChain
 from triweave.launch.errors import DemoError
 from triweave.launch.metrics import mean_loss_by_modality, read_metrics
-from triweave.launch.stage_display import SUMMARY, StageDisplay
-from triweave.launch.stages import StageChain
+from triweave.launch.variants import SHUFFLE_SEED
 
 LONG_VERSION = 1
 """Raised when the stages change meaning, so that markers of older code do not count."""
 SEEDS = 3
 CONTROL = "control"
-SHUFFLE_SEED = 1
-"""Seed of the control's wrong pairs."""
 LEAST_STEPS = MEAN_STEPS
 STAGES = (*DATA_STAGES, "train", "evaluate", "report")
 

@@ -28,7 +28,7 @@ Update = Callable[[float, float | None, str], None]
 def train_side_by_side(configs: Mapping[str, Path], *, steps: int, at_once: int, update: Update) -> None:
     """Train every run to its last step, `at_once` at a time, each from its newest checkpoint.
 
-    configs: name -> config file; each run's folder is that of the name, beside the folder of the configs' parent.
+    configs: name -> config file, which names the run's folder.
     steps: last step of every run.
 
     Raises DemoError where one fails (the others are ended), KeyboardInterrupt where the user stops it.

@@ -18,11 +18,11 @@ from typing import Any
 
 from triweave.launch.demo import data, evaluation, settings
 from triweave.launch.demo.corpora import SETS, CorpusChoice, CorpusSet, fetch
+from triweave.launch.demo.stage_display import StageDisplay
+from triweave.launch.demo.stages import StageChain
 from triweave.launch.demo.training import DemoTraining
 from triweave.launch.errors import DemoError
 from triweave.launch.machine import Machine, inspect_machine
-from triweave.launch.stage_display import StageDisplay
-from triweave.launch.stages import StageChain
 
 DEMO_VERSION = 2
 """Raised when the stages change meaning, so that markers of older code do not count."""

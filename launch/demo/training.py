@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from triweave.launch.deepspeed_launcher import local_command
+from triweave.launch.demo.stage_display import SUMMARY
 from triweave.launch.errors import DemoError
 from triweave.launch.machine import Machine, free_port
 from triweave.launch.metrics import mean_loss_by_modality, read_metrics
 from triweave.launch.processes import Outcome, group_members, run_to_end
-from triweave.launch.stage_display import SUMMARY
 
 POLL_S = 0.2
 KILLED = 128 + signal.SIGKILL
@@ -79,7 +79,7 @@ class DemoTraining:
         """Return the losses at the end, and those of the best unigram model on the same tokens."""
         from triweave.data_pipeline.media.modalities import MODALITIES
         from triweave.data_pipeline.stream.plan import Planner
-        from triweave.launch.unigram import state_before, unigram_losses
+        from triweave.launch.demo.unigram import state_before, unigram_losses
         from triweave.pretrain.model import MultimodalTransformer
 
         config, metrics = self.config, read_metrics(self.run_dir)

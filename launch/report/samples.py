@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triweave.data_pipeline.errors import DataError
+from triweave.data_pipeline.shards.manifest import write_atomically
 from triweave.launch.report.run_files import ReportRun
 from triweave.launch.report.sample_choice import ChosenSample, choose_samples
 from triweave.launch.report.wording import readable
@@ -126,9 +127,7 @@ def _write_cache(path: Path, counts: dict[str, int], result: RunSamples, tell: C
         "counts": counts,
         "samples": [asdict(sample) for sample in result.samples],
     }
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         tell(f"{path}: the captions were not kept ({error.strerror}); the next report writes them again")

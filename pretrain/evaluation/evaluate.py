@@ -9,12 +9,12 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from triweave.data_pipeline.machine import installed_versions, processor_name
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation import caption_nll, classification, retrieval
 from triweave.pretrain.evaluation.documents import HELD_OUT_SPLIT, EvaluationDocuments, read_documents
@@ -108,7 +108,7 @@ class Evaluation:
             "left_out": self.left_out,
             "seed": self._seed,
             "machine": _machine(first),
-            "versions": _versions(),
+            "versions": installed_versions(PACKAGES),
             **self.summary(),
             "seconds": round(time.monotonic() - self._started, 1),
         }
@@ -185,27 +185,8 @@ def _machine(run: LoadedRun) -> dict[str, Any]:
 
     return {
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "device": str(run.device),
     }
-
-
-def _processor() -> str:
-    """Return the processor's name as Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found

@@ -26,9 +26,9 @@ from triweave.launch.demo.corpora import SETS, CorpusChoice
 from triweave.launch.demo.evaluation import result_figures
 from triweave.launch.demo.short import DemoOptions, run_demo
 from triweave.launch.demo.training import kill_rank
+from triweave.launch.demo.unigram import entropy, state_before, unigram_losses
 from triweave.launch.errors import DemoError
 from triweave.launch.metrics import mean_loss_by_modality, newest_metrics
-from triweave.launch.unigram import entropy, state_before, unigram_losses
 from triweave.pretrain.config import load_config
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triweave.launch.stage_display import StageDisplay
+from triweave.data_pipeline.shards.manifest import write_atomically
+from triweave.launch.demo.stage_display import StageDisplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +104,7 @@ class StageChain:
         return record if record.key == self._key else None
 
     def _write(self, marker: Path, record: StageRecord) -> None:
-        temporary = marker.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(marker)
+        write_atomically(marker, json.dumps(record.__dict__, indent=1).encode() + b"\n")
 
 
 def _all_exist(outputs: tuple[Path, ...] | Callable[[dict[str, Any]], tuple[Path, ...]], facts: dict[str, Any]) -> bool:

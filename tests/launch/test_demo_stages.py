@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from triweave.launch.stage_display import SUMMARY, StageDisplay
-from triweave.launch.stages import StageChain
+from triweave.launch.demo.stage_display import SUMMARY, StageDisplay
+from triweave.launch.demo.stages import StageChain
 
 STAGES = ("first", "second", "third")
 

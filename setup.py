@@ -71,5 +71,5 @@ setup(
     package_data={"": ["py.typed", "*.yaml", "*.json", "*.j2", "*.css"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["triweave = triweave.launch.cli:main"]},
+    entry_points={"console_scripts": ["triweave = triweave.launch.cli:entry"]},
 )

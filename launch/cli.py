@@ -14,6 +14,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "fetch": "get a corpus, without root and without changing the system",
@@ -29,8 +30,8 @@ COMMANDS = {
     "report": "one self-contained HTML page about one run or several side by side",
     "generate": "let a trained model go on from pictures, sounds and text",
     "demo": "everything on small real corpora: fetch, build, train, kill, resume, evaluate, report",
-    "bench": "measure the loader against webdataset, and generation with and without its cache",
-    "kernels": "compile the Triton kernels ahead of time, for any chip, and show what they cost",
+    "bench": "measure the loader, generation and the kernels against their peers",
+    "kernels": "compile, check, model and tune the Triton kernels",
 }
 
 
@@ -91,5 +92,14 @@ def _top_level_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def entry() -> NoReturn:
+    """Run the console script; a command that has joined a process group leaves it behind as its rank has to."""
+    code = main()
+    world = sys.modules.get("triweave.pretrain.world")
+    if world is not None:
+        world.leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

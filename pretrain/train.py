@@ -36,7 +36,7 @@ from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attem
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.world import AGREED, ALONE, World, close_world, open_world, world_is_open
+from triweave.pretrain.world import AGREED, ALONE, World, close_world, leave, open_world, world_is_open
 from triweave.pretrain.zero import Engine
 
 USER_ERRORS = (PretrainError, DataError, KernelError)
@@ -195,4 +195,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

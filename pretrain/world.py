@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +31,8 @@ ALONE = "not all ranks raise this"
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _set_for_one: dict[str, str] = {}
 """What `open_world` put into the environment of a process without a launcher."""
+_joined: list[int] = []
+"""This process's rank in every world it has opened."""
 MESSAGE_BYTES = 4096
 """An error message that travels between ranks is cut to this many UTF-8 bytes."""
 
@@ -126,6 +131,7 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", rank=rank, world_size=size)
+    _joined.append(rank)
     _join_deepspeed()
     control = dist.new_group(backend="gloo") if place.type == "cuda" else dist.group.WORLD
     return World(rank=rank, size=size, device=place, control=control)
@@ -145,6 +151,23 @@ def close_world() -> None:
         dist.destroy_process_group()
     while _set_for_one:
         os.environ.pop(_set_for_one.popitem()[0], None)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that may have joined a process group, with exit code `code`; never returns.
+
+    gloo's threads drop finished work a moment after its result is there, and DeepSpeed keeps the groups beyond
+    `destroy_process_group`. A thread that does so while Python is being taken down is unwound through C++ code that
+    must not throw, and the process dies of SIGABRT after all its work is done (torch 2.13, Python 3.11). So after what
+    Python does at exit the process ends here, without taking the interpreter down.
+    """
+    if _joined:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # whoever read them is gone; what they say at exit, too
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _quieten_deepspeed(device: str) -> None:

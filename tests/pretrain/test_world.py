@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,31 @@ def test_a_world_of_one_takes_its_environment_back() -> None:
     assert os.environ["RANK"] == "0"
     close_world()
     assert [name for name in ("RANK", *LAUNCHER_VARIABLES) if name in os.environ] == []
+
+
+LEAVER = """
+import atexit, sys
+from triweave.pretrain.world import close_world, leave, open_world
+class Global:
+    def __del__(self):
+        print("taken down")
+kept = Global()
+if sys.argv[1] == "joined":
+    open_world("cpu")
+    close_world()
+atexit.register(lambda: print("at exit"))
+print("done")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("joined", ["done", "at exit"]), ("alone", ["done", "at exit", "taken down"])]
+)
+def test_a_rank_ends_before_python_is_taken_down(kind: str, says: list[str]) -> None:
+    """gloo's threads take the GIL when they drop work; while Python is taken down that is SIGABRT, now and then."""
+    ended = subprocess.run([sys.executable, "-c", LEAVER, kind], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.splitlines()) == (3, says), ended.stderr
 
 
 def test_errors_and_stops_reach_every_rank(rank_pool):

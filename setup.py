@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
     "Pillow>=11",  # PNG, WebP and odd JPEGs
     "soundfile>=0.13",  # audio with partial reads; writes FLAC
     "soxr>=0.5",  # resampling
+    "selectolax>=0.4",  # HTML pages in document order
     "rich>=14",  # progress and tables
     "tensorboard>=2.19",  # the viewer and its event writer
     "scikit-learn>=1.6",  # classical floors and linear probes of the evaluation; brings scipy

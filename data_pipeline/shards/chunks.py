@@ -122,7 +122,14 @@ class ChunkEncoder:
         except Exception as error:  # one bad row of a million must not end a build; the ledger names it
             reason = _one_line(f"{type(error).__name__}: {error}".replace(self._place, ""))
             return LedgerRow(row=number, id=row.id, status="failed", reason=reason), None
-        kept = LedgerRow(row=number, id=row.id, status="kept", key=sample.row.key, content_xxh3=content)
+        kept = LedgerRow(
+            row=number,
+            id=row.id,
+            status="kept",
+            reason=_one_line(document.left_out),
+            key=sample.row.key,
+            content_xxh3=content,
+        )
         return kept, sample
 
 

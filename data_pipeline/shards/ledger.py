@@ -1,6 +1,6 @@
 """The row ledger: what became of every row of the input. Its counts add up to the input.
 
-status `kept`: the row is a sample; `shard` and `key` say where.
+status `kept`: the row is a sample; `shard` and `key` say where, `reason` what of the row is not in it, if anything.
 status `filtered`: left out on purpose; `reason` says why.
 status `failed`: unreadable, damaged or malformed; `reason` says how.
 status `duplicate`: its parts equal those of the row `duplicate_of`, which came earlier in build order.

@@ -85,12 +85,14 @@ class Document:
     id: unique in its corpus, any string.
     source: `corpus` and whatever is known of `url`, `license` (SPDX) and `opt_out`.
     labels: JSON values to select, split and group by (language, category, ...).
+    left_out: what of the input row is not in the document, one line for the ledger; not stored with the sample.
     """
 
     id: str
     parts: tuple[Part, ...]
     source: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
 
     @property
     def corpus(self) -> str:

@@ -8,15 +8,24 @@ examples:
   triweave build --source folder --input photos --out shards/photos
   triweave build --source manifest --input rows.parquet --out shards/rows --shard-size-mb 512
   triweave build --source webdataset --input old-tars --out shards/rebuilt --json
+  triweave build --source html --input corpora/gimp-help --out shards/gimp-help --language en --image-max-side 448
+  triweave build --source interleaved --input obelics --media pictures --out shards/obelics --workers 8
+  triweave build --source chat --input llava_instruct.json --media coco --out shards/llava
 
 inputs:
-  tuxpaint     the folder that `triweave fetch tuxpaint` wrote; asterisk, emoji: likewise
+  tuxpaint     the folder that `triweave fetch tuxpaint` wrote; asterisk, emoji, fillets: likewise
   folder       media files; files of one stem make a document, with text from .txt or .json
   manifest     a .parquet or .jsonl file of rows: id, parts (with paths or bytes), labels, source
   webdataset   plain .tar files of any WebDataset, also Triweave's own
+  html         a folder of pages and their pictures (`triweave fetch gimp-help` wrote one)
+  interleaved  a .parquet file or a folder of them, as OBELICS, OmniCorpus and MINT-1T are; --media: the pictures, each
+               named by the sha256 of its URL
+  chat         a .json or .jsonl of conversations, as LLaVA and ShareGPT are; --media: where their paths begin
+  coco, flickr30k, vqa, librispeech, common_voice   the folder that the corpus unpacks to, annotations beside media
 
-Documents of tuxpaint, asterisk and emoji carry the labels `group` (their concept) and `split` (train, validation,
-test), which depend on the whole corpus, not on the options.
+Documents carry the labels `group` (their concept, level, picture or speaker) and `split` (train, validation, test),
+which depend on the whole corpus, not on the options; not so those of folder, manifest, webdataset, html, interleaved
+and chat. Media that a page names and that are not there are left out, and the ledger's kept row says which.
 
 OUT/ledger.parquet says what became of every input row: kept, filtered, failed or duplicate.
 """
@@ -67,8 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     some.add_argument(
         "--language",
         metavar="CODES",
-        help="keep only these languages, for example de,fr,pt_BR (tuxpaint) or en,it (asterisk)",
+        help="keep only these languages, for example de,fr,pt_BR (tuxpaint), en,it (asterisk) or cs (fillets); "
+        "the language of pages that do not tell theirs (html)",
     )
+    some.add_argument("--media", metavar="DIR", type=Path, help="folder of the media (interleaved, chat)")
     some.add_argument("--no-speech", action="store_true", help="leave spoken captions out (tuxpaint, emoji)")
     some.add_argument("--no-effects", action="store_true", help="leave sound effects out (tuxpaint)")
     some.add_argument(
@@ -110,7 +121,8 @@ def _source(arguments: argparse.Namespace) -> Source:
     given: dict[str, Any] = {}
     languages = tuple(filter(None, (arguments.language or "").split(",")))
     for option, name, value, sources in (
-        ("--language", "languages", languages, ("tuxpaint", "asterisk")),
+        ("--language", "languages", languages, ("tuxpaint", "asterisk", "fillets", "html")),
+        ("--media", "media", arguments.media, ("interleaved", "chat")),
         ("--no-speech", "speech", False if arguments.no_speech else None, ("tuxpaint", "emoji")),
         ("--no-effects", "effects", False if arguments.no_effects else None, ("tuxpaint",)),
         ("--svg", "svg", arguments.svg or None, ("tuxpaint",)),

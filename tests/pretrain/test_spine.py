@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from triweave.pretrain.audit import audit
 from triweave.pretrain.checkpoint import list_checkpoints
 from triweave.pretrain.consumed import read_consumed
 from triweave.pretrain.train import main
@@ -120,6 +121,9 @@ def test_ten_and_ten_are_twenty(train, straight, tmp_path, workers):
     assert files_of(tmp_path) == files_of(straight)
     assert consumed(tmp_path) == consumed(straight)
     assert {row.attempt for row in read_consumed(tmp_path)} == {1, 2}
+    proof = audit(tmp_path, same_as=straight)
+    assert proof.exact, proof.problems
+    assert (proof.rows, proof.world_sizes) == (4 * STEPS, (2, 2))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ DataError
 ├── BuildError          the build cannot start or continue here
 ├── MediaError          the bytes of a media item are damaged, too large, or of a kind that is not read
 ├── PromptError         a prompt or the file that holds prompts does not have the shape of one
+├── ExportError         shards cannot be written where or as asked
 ├── TokenizerError      a tokenizer cannot be trained or used as asked
 ├── ConfigError         the data config asks for something that does not exist or cannot be
 ├── StateError          a saved stream state cannot be continued with this config
@@ -51,6 +52,10 @@ class MediaError(DataError):
 
 class PromptError(DataError):
     """A prompt, or the file that holds prompts, does not have the shape of one."""
+
+
+class ExportError(DataError):
+    """Shards cannot be written in the layout or to the place asked for."""
 
 
 class TokenizerError(DataError):

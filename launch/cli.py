@@ -21,6 +21,7 @@ COMMANDS = {
     "build": "turn a corpus into WebDataset shards with a Parquet index and a ledger",
     "verify": "re-hash every shard and name every damaged shard, key and member",
     "stats": "count samples, parts, bytes and durations of a shard folder",
+    "export": "write shards in a layout that other tools read: OBELICS, LLaVA",
     "tokenizer": "train a sentencepiece tokenizer on shards",
     "tokenize": "write the token-count sidecar that planning needs",
     "plan": "show what a config's packs look like: fill, rows, tokens per modality",

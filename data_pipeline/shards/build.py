@@ -26,6 +26,7 @@ from typing import Any
 import xxhash
 
 from triweave.data_pipeline.errors import BuildError, SourceError
+from triweave.data_pipeline.filters.options import FilterOptions
 from triweave.data_pipeline.media.audio import MAX_AUDIO_RATE_HZ, MIN_AUDIO_RATE_HZ
 from triweave.data_pipeline.media.images import MAX_IMAGE_SIDE_PX
 from triweave.data_pipeline.shards.assemble import Assembler, require_size
@@ -65,6 +66,8 @@ class BuildOptions:
 
     media: MediaOptions = field(default_factory=MediaOptions)
     """Re-encoding of pictures and clips."""
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    """Which documents and media are good enough."""
     shard_size_bytes: int = 256 << 20
     """A shard is closed before it would pass this many tar bytes; a larger sample gets a shard of its own."""
     shuffle_seed: int | None = 0
@@ -110,7 +113,7 @@ def build(
         return finished
     with _locked_work_folder(out, options.overwrite) as work:
         _check_fingerprint(work, fingerprint)
-        job = ChunkJob(source=source, media=options.media, folder=work)
+        job = ChunkJob(source=source, media=options.media, filters=options.filters, folder=work)
         assembler = Assembler(out, work, shard_size_bytes=options.shard_size_bytes, deduplicate=options.deduplicate)
         try:
             _assemble_all(job, rows, options, assembler, on_progress)
@@ -170,6 +173,7 @@ def _fingerprint(source: Source, options: BuildOptions, rows: list[Row]) -> dict
         "source": source.name,
         "source_options": source.options,
         **asdict(options.media),
+        **({"filters": asked} if (asked := options.filters.asked()) else {}),
         "shard_size_bytes": options.shard_size_bytes,
         "shuffle_seed": options.shuffle_seed,
         "deduplicate": options.deduplicate,

@@ -19,6 +19,8 @@ from typing import Any
 
 import xxhash
 
+from triweave.data_pipeline.filters.apply import filtered
+from triweave.data_pipeline.filters.options import FilterOptions
 from triweave.data_pipeline.shards.index import IndexRow
 from triweave.data_pipeline.shards.ledger import LedgerRow
 from triweave.data_pipeline.shards.manifest import file_xxh3
@@ -62,10 +64,11 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkJob:
-    """All a process needs to encode chunks: the source, the media options and the folder of spools."""
+    """All a process needs to encode chunks: the source, the media options, the filters and the folder of spools."""
 
     source: Source
     media: MediaOptions
+    filters: FilterOptions
     folder: Path
 
     def spool_path(self, number: int) -> Path:
@@ -114,7 +117,7 @@ class ChunkEncoder:
 
     def _encode_row(self, number: int, row: Row) -> tuple[LedgerRow, EncodedSample | None]:
         try:
-            document = self._job.source.document(row, self._media)
+            document = filtered(self._job.source.document(row, self._media), self._job.filters)
             sample = encode_sample(document_key(row.id), document)
             content = content_hash(document.parts)
         except FilteredError as why:

@@ -10,6 +10,7 @@ examples:
   triweave build --source webdataset --input old-tars --out shards/rebuilt --json
   triweave build --source html --input corpora/gimp-help --out shards/gimp-help --language en --image-max-side 448
   triweave build --source interleaved --input obelics --media pictures --out shards/obelics --workers 8
+  triweave build --source html --input pages --out shards/pages --filter gopher --filter pictures --filter min_words=20
   triweave build --source chat --input llava_instruct.json --media coco --out shards/llava
 
 inputs:
@@ -26,6 +27,12 @@ inputs:
 Documents carry the labels `group` (their concept, level, picture or speaker) and `split` (train, validation, test),
 which depend on the whole corpus, not on the options; not so those of folder, manifest, webdataset, html, interleaved
 and chat. Media that a page names and that are not there are left out, and the ledger's kept row says which.
+
+filters (docs/corpora.md has every key):
+  gopher, c4        text: length, words, lines, repetition      pictures   size, aspect, blur
+  speech            clips: length, silence, clipping            key=value  any threshold by itself
+Media that fail are left out of their document; the document goes with the last of them, or where its text fails. What
+has opted out (`source.opt_out`) goes unless drop_opt_out=false.
 
 OUT/ledger.parquet says what became of every input row: kept, filtered, failed or duplicate.
 """
@@ -46,6 +53,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from triweave.data_pipeline.errors import BuildError, SourceError
+from triweave.data_pipeline.filters.options import filter_options
 from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build
 from triweave.data_pipeline.shards.ledger import read_ledger, reason_counts
 from triweave.data_pipeline.shards.manifest import Manifest
@@ -69,6 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--shuffle-seed", type=int, default=0, help="seed of the row order (default 0)")
     order.add_argument("--keep-order", action="store_true", help="keep the order of the input")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="a preset or key=value, repeatable, for example --filter gopher --filter image_min_side_px=100",
+    )
+    parser.add_argument("--filters", type=Path, metavar="FILE", help="YAML of such keys and values")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep documents that are exact copies")
     parser.add_argument("--overwrite", action="store_true", help="remove the shards that are in the way")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -99,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise BuildError(f"--shard-size-mb {arguments.shard_size_mb}: must be a finite number above 0")
     options = BuildOptions(
         media=MediaOptions(image_max_side_px=arguments.image_max_side, audio_rate_hz=arguments.audio_rate),
+        filters=filter_options(arguments.filter, arguments.filters),
         shard_size_bytes=int(arguments.shard_size_mb * _BYTES_PER_MB),
         shuffle_seed=None if arguments.keep_order else arguments.shuffle_seed,
         deduplicate=not arguments.keep_duplicates,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from triweave.data_pipeline.errors import BuildError, SourceError
+from triweave.data_pipeline.filters.options import FilterOptions
 from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build, build_order
 from triweave.data_pipeline.shards.chunks import ChunkEncoder, ChunkJob
 from triweave.data_pipeline.shards.index import read_index
@@ -125,7 +126,9 @@ def test_a_worker_that_outlives_its_build_a_moment_leaves_no_trace(
 ) -> None:
     """Where another run has finished, it neither brings the work folder back nor writes there while it goes."""
     out = tmp_path / "shards"
-    straggler = ChunkJob(source=numbers.NumberSource(), media=MediaOptions(), folder=out / ".build")
+    straggler = ChunkJob(
+        source=numbers.NumberSource(), media=MediaOptions(), filters=FilterOptions(), folder=out / ".build"
+    )
     plain = shutil.rmtree
 
     def rmtree(path: Path) -> None:

@@ -52,8 +52,9 @@ check: $(STAMP) ## lint, format, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_import_budget.py
 
-test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu: ## on a machine with a CUDA device, torch and triton: checks and benchmark into kernels/results, 10 minutes
+	@mkdir -p .types && ln -sfn .. .types/triweave
+	PYTHONPATH=.types $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m triweave.kernels.device.device_suite $(ARGS)
 
 soak: $(STAMP) ## hundreds of kills and long fuzzing, by hand
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triweave.kernels import reference_attention, sdpa_attention
+from triweave.kernels import flash_attention, flex_attention, reference_attention, sdpa_attention
 from triweave.kernels import tiles as tile_tables
 from triweave.kernels.backends import choose, triton_kernels
 from triweave.kernels.errors import KernelInputError
@@ -23,6 +23,8 @@ from triweave.kernels.reference import accumulation_dtype
 
 _STRIP_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference_attention, "sdpa": sdpa_attention}
 """Those that run on the strips of tiles.segments; `triton` has tile lists of its own."""
+_FOREIGN: dict[str, ModuleType] = {"flex": flex_attention, "flash": flash_attention}
+"""Those that bring an autograd of their own, so that the ops below stay out of their way."""
 
 _TAIL = "Tensor kv_lo, Tensor kv_hi, Tensor? segments, float scale, str impl"
 torch.library.define("triweave::attention", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)")
@@ -134,22 +136,19 @@ def attention(
     Computed in fp32 inside for bf16 and fp16. Deterministic, forward and backward. Numbers of keys outside a packed
     document never enter the arithmetic of its rows, so even a NaN elsewhere in the pack leaves them exactly as they
     are. (`triton` gives them weight 0, so NaN and infinities spread within a tile.) Memory is linear in S.
+    `flex` and `flash` are other people's kernels with their own limits: see flex_attention.py and flash_attention.py.
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("attention", impl, q.device.type)
     _check(q, k, v, kv_lo, kv_hi)
-    table = None if tiles is None else tiles.get("tile_lists") if chosen == "triton" else tiles["segments"]
-    return torch.ops.triweave.attention(
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
-        kv_lo,
-        kv_hi,
-        None if table is None else torch.as_tensor(table),
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        chosen,
-    )
+    chosen = choose("attention", impl, q.device.type, q.dtype, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    if chosen in _FOREIGN:
+        return _FOREIGN[chosen].attention(q, k, v, kv_lo, kv_hi, scale)
+    table = None if tiles is None else tiles.get("tile_lists") if chosen == "triton" else tiles.get("segments")
+    table = None if table is None else torch.as_tensor(table)
+    return torch.ops.triweave.attention(q, k, v, kv_lo, kv_hi, table, scale, chosen)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

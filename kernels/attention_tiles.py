@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triweave.kernels.tiles import Intervals, TileTable, tile_table
+from triweave.kernels.tuning.pinned import pinned
 
 WIDEST_HEAD = 256
 NARROWEST_PART = 16
@@ -22,36 +23,46 @@ class TileConfig:
     key_tile: int
     warps: int
     stages: int
+    registers: int | None = None
+    """The most that the assembler may give a thread; 255 keeps it from spilling a few to fit one more block."""
 
 
-def _config(query_tile: int, key_tile: int, warps: int, stages: int) -> TileConfig:
-    return TileConfig(query_tile=query_tile, key_tile=key_tile, warps=warps, stages=stages)
+def _config(query_tile: int, key_tile: int, warps: int, stages: int, registers: int | None = None) -> TileConfig:
+    return TileConfig(query_tile=query_tile, key_tile=key_tile, warps=warps, stages=stages, registers=registers)
 
 
 CONFIGS: dict[str, dict[tuple[int, int], TileConfig]] = {
     "forward": {
-        (2, 64): _config(128, 64, 4, 3),
-        (2, 128): _config(128, 64, 8, 2),
+        (2, 32): _config(128, 64, 4, 2),
+        (2, 64): _config(64, 64, 4, 3),
+        (2, 128): _config(64, 64, 4, 2),
         (2, 256): _config(64, 32, 8, 2),
-        (4, 64): _config(64, 32, 4, 2),
-        (4, 128): _config(32, 32, 4, 1),
-        (4, 256): _config(16, 16, 4, 1),
+        (4, 64): _config(64, 32, 8, 2),
+        (4, 128): _config(32, 32, 8, 1),
+        (4, 256): _config(16, 16, 8, 1),
     },
     "dq": {
+        (2, 32): _config(64, 64, 4, 2, 255),
         (2, 64): _config(64, 64, 4, 2),
-        (2, 128): _config(64, 32, 8, 1),
-        (2, 256): _config(32, 32, 8, 1),
-        (4, 64): _config(32, 32, 4, 1),
-        (4, 128): _config(16, 16, 4, 1),
-        (4, 256): _config(16, 16, 4, 1),
+        (2, 72): _config(64, 16, 4, 2, 255),
+        (2, 96): _config(64, 16, 4, 2),
+        (2, 128): _config(64, 32, 4, 2),
+        (2, 256): _config(64, 16, 8, 2),
+        (4, 64): _config(32, 32, 8, 1),
+        (4, 128): _config(16, 16, 8, 1),
+        (4, 256): _config(16, 16, 8, 1),
     },
     "dkv": {
+        (2, 32): _config(32, 64, 4, 2, 255),
         (2, 64): _config(32, 64, 4, 2),
+        (2, 72): _config(16, 64, 8, 2),
+        (2, 80): _config(32, 64, 8, 2, 255),
+        (2, 96): _config(16, 64, 8, 3, 255),
         (2, 128): _config(32, 64, 8, 2),
-        (2, 256): _config(16, 32, 8, 1),
+        (2, 256): _config(32, 32, 8, 2),
         (4, 64): _config(16, 32, 4, 1),
         (4, 128): _config(16, 16, 4, 1),
-        (4, 256): _config(16, 16, 4, 1),
+        (4, 256): _config(16, 16, 8, 1),
     },
 }
 """Kernel -> (bytes of a number, widest head it is for) -> pinned tile."""
@@ -62,9 +73,10 @@ HEADER = 3 * len(SECTIONS)
 
 
 def tile_config(kernel: str, width: int, number_bytes: int) -> TileConfig:
-    """Return the pinned tile of a kernel for heads of `width` numbers of 2 or 4 bytes."""
-    fitting = (config for key, config in CONFIGS[kernel].items() if key[0] == number_bytes and width <= key[1])
-    return next(fitting)
+    """Return the pinned tile of a kernel for heads of `width` numbers of 2 or 4 bytes: the tuned one if there is."""
+    widest = next(key[1] for key in CONFIGS[kernel] if key[0] == number_bytes and width <= key[1])
+    tuned = pinned("attention", kernel, number_bytes, widest)
+    return CONFIGS[kernel][number_bytes, widest] if tuned is None else TileConfig(**tuned)
 
 
 def tile_sizes(width: int, number_bytes: int) -> list[int]:

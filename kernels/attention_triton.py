@@ -5,6 +5,8 @@
     dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
 
 No atomics, so the backward is deterministic and computes s and g . v twice: 7 matrix products where 5 would do.
+With a gate t [H] (cross_attention.py) out_i, dq, dk and dv are t times that. What is gated is then stored nowhere: its
+product with g_i is summed from p_ij (g_i . v_j) in a pass of its own over the tiles, 9 products in all.
 A program visits the live tiles of its row (or column) of the mask, those without mask arithmetic first. Heads are
 loaded in two parts, K0 + K1 wide, both powers of two: a head of 72, 80 or 96 numbers costs 80, 80 or 96 and not 128.
 Scores, softmax and sums are in fp32; the weights p and ds are rounded to the inputs' type before they are multiplied.
@@ -31,8 +33,21 @@ from triweave.kernels.attention_tiles import (
     tile_sizes,
 )
 from triweave.kernels.errors import KernelInputError, KernelUnavailableError
+from triweave.kernels.tuning.pinned import use_device
+
+WIDEST_LOAD = 8
+"""Numbers in a 16-byte load in 16 bit."""
 
 # Kernels. `table` is what attention_tiles.tile_lists made.
+
+
+@triton.jit
+def head_offset(head, stride, HEAD_UNIT: tl.constexpr):
+    """Return where a head's numbers begin, a multiple of HEAD_UNIT numbers.
+
+    Triton notices strides that are multiples of 16 and no others: without this a head of 72 is loaded number by number.
+    """
+    return tl.multiple_of(head * stride, HEAD_UNIT)
 
 
 @triton.jit
@@ -89,10 +104,11 @@ def _add_product(sum0, sum1, weights, b0, b1, K1: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, gate_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
     S, T, heads_per_group, scale,
-    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, HEAD_UNIT: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of one tile of query rows of head h of batch row b; grid (query tiles, H, B)."""
     tile = tl.program_id(0)
@@ -103,12 +119,12 @@ def forward_kernel(
     in_rows = rows < S
     lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
     hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
-    q_rows = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_qs
+    q_rows = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT) + rows.to(tl.int64)[:, None] * stride_qs
     q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
     local_keys = tl.arange(0, KEY_TILE)
     g = h // heads_per_group
-    k_base = k_ptr + b * stride_kb + g * stride_kg
-    v_base = v_ptr + b * stride_vb + g * stride_vg
+    k_base = k_ptr + b * stride_kb + head_offset(g, stride_kg, HEAD_UNIT)
+    v_base = v_ptr + b * stride_vb + head_offset(g, stride_vg, HEAD_UNIT)
     peak = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.full([QUERY_TILE], 0.0, tl.float32)
     sum0 = tl.full([QUERY_TILE, K0], 0.0, tl.float32)
@@ -145,18 +161,26 @@ def forward_kernel(
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse_ptr + (b * heads + h) * S + rows, lse, mask=in_rows)
     out_rows = out_ptr + ((b * S + rows)[:, None] * heads + h) * WIDTH
-    _store_head(out_rows, in_rows, sum0 / total[:, None], sum1 / total[:, None], WIDTH, K0, K1)
+    sum0, sum1 = sum0 / total[:, None], sum1 / total[:, None]
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + h)
+        sum0, sum1 = sum0 * gate, sum1 * gate
+    _store_head(out_rows, in_rows, sum0, sum1, WIDTH, K0, K1)
 
 
 @triton.jit
 def dq_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, delta_ptr, dq_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, gate_ptr, delta_ptr, dq_ptr,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh,
     stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
     S, T, heads_per_group, scale,
-    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, HEAD_UNIT: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, and delta = g . out for the other kernel, of one tile of query rows; grid (query tiles, H, B)."""
+    """Write dq, and delta = g . attention for the other kernel, of one tile of query rows; grid (query tiles, H, B).
+
+    With a gate delta is the sum of p_ij (g_i . v_j), a first pass over the tiles, and out_ptr is not read.
+    """
     tile = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -166,51 +190,67 @@ def dq_kernel(
     lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
     hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
     wide_rows = rows.to(tl.int64)[:, None]
-    q0, q1 = _load_head(q_ptr + b * stride_qb + h * stride_qh + wide_rows * stride_qs, in_rows, WIDTH, K0, K1, True)
-    g0, g1 = _load_head(grad_ptr + b * stride_gb + h * stride_gh + wide_rows * stride_gs, in_rows, WIDTH, K0, K1, True)
+    q_rows = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT) + wide_rows * stride_qs
+    q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
+    grad_rows = grad_ptr + b * stride_gb + head_offset(h, stride_gh, HEAD_UNIT) + wide_rows * stride_gs
+    g0, g1 = _load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
     packed_rows = ((b * S + rows)[:, None] * heads + h) * WIDTH
-    out0, out1 = _load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
-    delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), 1)
-    if K1 > 0:
-        delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), 1)
+    if gate_ptr is None:
+        out0, out1 = _load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
+        delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), 1)
+        if K1 > 0:
+            delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), 1)
+    else:
+        delta = tl.full([QUERY_TILE], 0.0, tl.float32)
     lse_rows = (b * heads + h) * S + rows
-    tl.store(delta_ptr + lse_rows, delta, mask=in_rows)
     lse = tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf"))
     # +inf makes every weight of an empty row 0, where -inf would make it inf
     lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     local_keys = tl.arange(0, KEY_TILE)
     group = h // heads_per_group
-    k_base = k_ptr + b * stride_kb + group * stride_kg
-    v_base = v_ptr + b * stride_vb + group * stride_vg
+    k_base = k_ptr + b * stride_kb + head_offset(group, stride_kg, HEAD_UNIT)
+    v_base = v_ptr + b * stride_vb + head_offset(group, stride_vg, HEAD_UNIT)
     dq0 = tl.full([QUERY_TILE, K0], 0.0, tl.float32)
     dq1 = tl.full([QUERY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     bounds = table_ptr + tl.load(table_ptr + 1) + 3 * (b * tl.num_programs(0) + tile)
-    for MASKED in tl.static_range(2):
-        for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-            start = tl.load(table_ptr + entry) * KEY_TILE
-            keys = start + local_keys
-            in_keys = keys < T
-            k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
-            v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
-            k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
-            v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
-            scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
-            weights = tl.exp2(scores - lse[:, None])
-            dscores = weights * (_along_head(g0, g1, v0, v1, K1) - delta[:, None])
-            if MASKED:
-                seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-                dscores = tl.where(seen, dscores, 0.0)
-            dq0, dq1 = _add_product(dq0, dq1, dscores, k0, k1, K1)
+    for LAST in tl.static_range(1 if gate_ptr is None else 0, 2):
+        if LAST:
+            tl.store(delta_ptr + lse_rows, delta, mask=in_rows)
+        for MASKED in tl.static_range(2):
+            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
+                start = tl.load(table_ptr + entry) * KEY_TILE
+                keys = start + local_keys
+                in_keys = keys < T
+                k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
+                v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
+                k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
+                v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
+                scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
+                weights = tl.exp2(scores - lse[:, None])
+                dscores = _along_head(g0, g1, v0, v1, K1)
+                if LAST:
+                    dscores = dscores - delta[:, None]
+                dscores = weights * dscores
+                if MASKED:
+                    seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+                    dscores = tl.where(seen, dscores, 0.0)
+                if LAST:
+                    dq0, dq1 = _add_product(dq0, dq1, dscores, k0, k1, K1)
+                else:
+                    delta += tl.sum(dscores, 1)
+    if gate_ptr is not None:
+        scale = scale * tl.load(gate_ptr + h)
     _store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
 
 
 @triton.jit
 def dkv_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, delta_ptr, dk_ptr, dv_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, lo_ptr, hi_ptr, table_ptr, gate_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh,
     stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
     S, T, heads_per_group, scale,
-    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, HEAD_UNIT: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of keys, over the query heads of its group in order; grid (key tiles, G, B)."""
     tile = tl.program_id(0)
@@ -220,8 +260,10 @@ def dkv_kernel(
     keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     in_keys = keys < T
     wide_keys = keys.to(tl.int64)[:, None]
-    k0, k1 = _load_head(k_ptr + b * stride_kb + g * stride_kg + wide_keys * stride_kt, in_keys, WIDTH, K0, K1, True)
-    v0, v1 = _load_head(v_ptr + b * stride_vb + g * stride_vg + wide_keys * stride_vt, in_keys, WIDTH, K0, K1, True)
+    k_rows = k_ptr + b * stride_kb + head_offset(g, stride_kg, HEAD_UNIT) + wide_keys * stride_kt
+    k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, True)
+    v_rows = v_ptr + b * stride_vb + head_offset(g, stride_vg, HEAD_UNIT) + wide_keys * stride_vt
+    v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, True)
     dk0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
     dk1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     dv0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
@@ -230,8 +272,8 @@ def dkv_kernel(
     bounds = table_ptr + tl.load(table_ptr + 2) + 3 * (b * tl.num_programs(0) + tile)
     for member in tl.range(0, heads_per_group):
         h = g * heads_per_group + member
-        q_base = q_ptr + b * stride_qb + h * stride_qh
-        grad_base = grad_ptr + b * stride_gb + h * stride_gh
+        q_base = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT)
+        grad_base = grad_ptr + b * stride_gb + head_offset(h, stride_gh, HEAD_UNIT)
         lse_row = (b * groups * heads_per_group + h) * S
         for MASKED in tl.static_range(2):
             for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
@@ -247,6 +289,8 @@ def dkv_kernel(
                 delta = tl.load(delta_ptr + lse_row + rows, mask=in_rows, other=0.0)
                 scores = _along_head(k0, k1, q0, q1, K1) * (scale * 1.4426950408889634)
                 weights = tl.exp2(scores - lse[None, :])
+                if gate_ptr is not None:  # heads of a group differ in it
+                    weights = weights * tl.load(gate_ptr + h)
                 dscores = weights * (_along_head(v0, v1, g0, g1, K1) - delta[None, :])
                 if MASKED:
                     lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
@@ -268,23 +312,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, lists: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return (out [B, S, H, K], lse [B, H, S]); `lists` is what tile_lists returned, made here unless given."""
-    _check_served(q)
-    batch, rows, heads, width = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, lse
-    table = _device_lists(lists, q, k, kv_lo, kv_hi)
-    q, k, v = (_addressable(x) for x in (q, k, v))
-    lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=k.shape[1]).int().contiguous()
-    config = tile_config("forward", width, q.element_size())
-    forward_kernel[(-(-rows // config.query_tile), heads, batch)](
-        q, k, v, out, lse, lo, hi, table,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        rows, k.shape[1], heads // k.shape[2], scale,
-        **launch_options("forward", width, q.element_size()),
-    )  # fmt: skip
-    return out, lse
+    return launch_forward("attention", q, k, v, kv_lo, kv_hi, lists, scale)
 
 
 def attention_backward(
@@ -300,60 +328,98 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), contiguous, of out's gradient `grad` from the stored out and lse."""
-    _check_served(q)
+    return launch_backward("attention", grad, q, k, v, out, lse, kv_lo, kv_hi, lists, scale)[:3]
+
+
+def launch_forward(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lo: Tensor,
+    kv_hi: Tensor,
+    lists: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse), out times gate [H] (fp32) if there is one; `op` is named in errors."""
+    _check_served(op, q)
+    use_device(q.device)
+    batch, rows, heads, width = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    table = _device_lists(op, lists, q, k, kv_lo, kv_hi)
+    q, k, v = (_addressable(x) for x in (q, k, v))
+    lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=k.shape[1]).int().contiguous()
+    config = tile_config("forward", width, q.element_size())
+    with torch.cuda.device_of(q):
+        forward_kernel[(-(-rows // config.query_tile), heads, batch)](
+            q, k, v, out, lse, lo, hi, table, gate,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            rows, k.shape[1], heads // k.shape[2], scale,
+            **launch_options("forward", width, q.element_size()), HEAD_UNIT=head_unit(q, k, v),
+        )  # fmt: skip
+    return out, lse
+
+
+def launch_backward(
+    op: str,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    kv_lo: Tensor,
+    kv_hi: Tensor,
+    lists: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv, delta [B, H, S] in fp32), contiguous; `out` is needed only without a gate [H] (fp32).
+
+    delta is grad . attention, the latter without the gate.
+    """
+    _check_served(op, q)
+    use_device(q.device)
     batch, rows, heads, width = q.shape
     keys, groups = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    table = _device_lists(lists, q, k, kv_lo, kv_hi)
+        return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
+    table = _device_lists(op, lists, q, k, kv_lo, kv_hi)
     grad, q, k, v = (_addressable(x) for x in (grad.to(q.dtype), q, k, v))
     lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=keys).int().contiguous()
-    lse, out = lse.contiguous(), out.contiguous()
-    delta = torch.empty_like(lse)
+    lse, out = lse.contiguous(), None if out is None else out.contiguous()
     strides = (*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (rows, keys, heads // groups, scale)
     query_tiles = -(-rows // tile_config("dq", width, q.element_size()).query_tile)
-    dq_kernel[(query_tiles, heads, batch)](
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        lo,
-        hi,
-        table,
-        delta,
-        dq,
-        *strides,
-        *sizes,
-        **launch_options("dq", width, q.element_size()),
-    )
     key_tiles = -(-keys // tile_config("dkv", width, q.element_size()).key_tile)
-    dkv_kernel[(key_tiles, groups, batch)](
-        grad,
-        q,
-        k,
-        v,
-        lse,
-        lo,
-        hi,
-        table,
-        delta,
-        dk,
-        dv,
-        *strides,
-        *sizes,
-        **launch_options("dkv", width, q.element_size()),
-    )
-    return dq, dk, dv
+    with torch.cuda.device_of(q):
+        dq_kernel[(query_tiles, heads, batch)](
+            grad, q, k, v, out, lse, lo, hi, table, gate, delta, dq, *strides, *sizes,
+            **launch_options("dq", width, q.element_size()), HEAD_UNIT=head_unit(grad, q, k, v),
+        )  # fmt: skip
+        dkv_kernel[(key_tiles, groups, batch)](
+            grad, q, k, v, lse, lo, hi, table, gate, delta, dk, dv, *strides, *sizes,
+            **launch_options("dkv", width, q.element_size()), HEAD_UNIT=head_unit(grad, q, k, v),
+        )  # fmt: skip
+    return dq, dk, dv, delta
+
+
+def head_unit(*tensors: Tensor) -> int:
+    """Return what divides every tensor's stride from head to head: WIDEST_LOAD or 1."""
+    return WIDEST_LOAD if all(x.stride(2) % WIDEST_LOAD == 0 for x in tensors) else 1
 
 
 def launch_options(kernel: str, width: int, number_bytes: int) -> dict[str, int | bool]:
-    """Return a kernel's constants and how Triton is to compile it."""
+    """Return a kernel's constants, but for HEAD_UNIT, and how Triton is to compile it."""
     config = tile_config(kernel, width, number_bytes)
     first, second = head_parts(width)
+    limit = {} if config.registers is None or torch.version.hip else {"maxnreg": config.registers}
     return {
         "WIDTH": width,
         "K0": first,
@@ -363,17 +429,18 @@ def launch_options(kernel: str, width: int, number_bytes: int) -> dict[str, int 
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
+        **limit,
     }
 
 
-def _check_served(q: Tensor) -> None:
+def _check_served(op: str, q: Tensor) -> None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise KernelUnavailableError(
-            f"attention: impl='triton' cannot serve {q.dtype}, only float32, float16 and bfloat16; use reference"
+            f"{op}: impl='triton' cannot serve {q.dtype}, only float32, float16 and bfloat16; use reference"
         )
     if q.shape[3] > WIDEST_HEAD:
         raise KernelUnavailableError(
-            f"attention: impl='triton' serves heads of at most {WIDEST_HEAD} numbers, not {q.shape[3]}; use reference"
+            f"{op}: impl='triton' serves heads of at most {WIDEST_HEAD} numbers, not {q.shape[3]}; use reference"
         )
 
 
@@ -382,12 +449,12 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(1) * 256 < 2**31 else x.contiguous()
 
 
-def _device_lists(lists: Tensor | None, q: Tensor, k: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Tensor:
+def _device_lists(op: str, lists: Tensor | None, q: Tensor, k: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Tensor:
     """Return the tile lists on q's device; lists that were made for other tiles are refused while on the CPU."""
     keys, width, size = k.shape[1], q.shape[3], q.element_size()
     if lists is None:
         made = tile_lists(kv_lo.cpu().numpy(), kv_hi.cpu().numpy(), keys=keys, width=width, number_bytes=size)
         return torch.from_numpy(made).to(q.device)
     if lists.device.type == "cpu" and lists[len(SECTIONS) : HEADER].tolist() != tile_sizes(width, size):
-        raise KernelInputError("attention: the tile lists are for another head width or dtype; make them anew")
+        raise KernelInputError(f"{op}: the tile lists are for another head width or dtype; make them anew")
     return lists.to(q.device, non_blocking=True)

@@ -1,10 +1,17 @@
 """Which implementation of an op runs: a table, one override, and a choice that is logged once with its reason.
 
-Names: `auto` chooses; `reference` is the plain torch of reference.py; `sdpa` is torch's own fused attention, applied to
-the live segments of the mask; `triton` is the kernel of <op>_triton.py, on a CUDA device or, with TRITON_INTERPRET=1 in
-the environment, on the CPU in Triton's interpreter (slow, to try and test); `flex` and `flash` are known names that
-cannot serve in this version. A name asked for either serves or raises KernelUnavailableError, it never falls back.
-`auto` never takes `triton`: the self-check that is to admit a kernel on a chip is not built yet.
+    auto       chooses, and says why
+    reference  plain torch (reference.py and its kin), on any device
+    sdpa       torch's own fused attention on the live segments of the mask, on a CPU
+    triton     the kernel of <op>_triton.py, on a CUDA device or, with TRITON_INTERPRET=1 in the environment, on the CPU
+               in Triton's interpreter (slow, to try and test)
+    flex       torch's FlexAttention with a block mask made from the intervals (flex_attention.py)
+    flash      flash-attn 2 or 4 where installed, for packed causal documents only (flash_attention.py)
+
+A name asked for either serves or raises KernelUnavailableError, it never falls back. On a CUDA device a Triton kernel
+serves, whoever asks for it, only after its numeric self-check there (admission.py); where that refuses it, `auto` goes
+on with the next of AUTO and says so. `auto` never takes flash: whether its mask suffices is written in the intervals,
+and reading them would wait for the device at every call.
 
 The one override is the environment variable TRIWEAVE_KERNELS, which wins over the `impl` argument of every op:
 
@@ -27,6 +34,8 @@ from types import ModuleType
 
 import torch
 
+from triweave.kernels import flex_attention
+from triweave.kernels.admission import admission
 from triweave.kernels.errors import KernelUnavailableError
 
 OVERRIDE_VARIABLE = "TRIWEAVE_KERNELS"
@@ -34,47 +43,63 @@ INTERPRET_VARIABLE = "TRITON_INTERPRET"
 """Triton's own switch. It counts when the kernels are first asked for; set it before Python starts."""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("sdpa", "reference", "triton"),
+    "attention": ("sdpa", "reference", "triton", "flex", "flash"),
+    "cross_attention": ("sdpa", "reference", "triton"),
+    "mmca": ("sdpa", "reference", "triton"),
     "qk_norm_rope": ("reference", "triton"),
     "rms_norm": ("reference", "triton"),
     "swiglu": ("reference", "triton"),
-    "linear_cross_entropy": ("reference",),
+    "linear_cross_entropy": ("reference", "triton"),
+    "low_rank_fusion": ("reference", "triton"),
 }
-"""Op -> the implementations that can serve, the one `auto` prefers first."""
+"""Op -> the implementations it has."""
 
-ONLY_ON: dict[str, str] = {"sdpa": "cpu"}
-"""Implementation -> the only device type it serves on."""
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "flex", "reference")}
+"""Device type -> what `auto` tries there, in this order; on any other device it takes the reference."""
+
+UNMEASURED = {"low_rank_fusion"}
+"""Ops whose Triton kernel `auto` leaves alone, for torch serves until somebody has measured otherwise."""
+
+CHECKED_ON = {"cuda"}
+"""Device types where a Triton kernel serves only after its self-check."""
+
+ONLY_ON: dict[str, tuple[str, ...]] = {"sdpa": ("cpu",), "flex": ("cuda", "cpu"), "flash": ("cuda",)}
+"""Implementation -> the only device types it serves on."""
 
 UNAVAILABLE: dict[str, str] = {
     "sdpa": "it is torch's fused CPU kernel, for attention only",
     "triton": "this version has no Triton kernel for it",
-    "flex": "the FlexAttention backend is not part of this version",
-    "flash": "the flash-attn backend is not part of this version",
+    "flex": "it is torch's FlexAttention, for attention only, on a CUDA device or a CPU",
+    "flash": "it is the flash-attn package, for attention only, on a CUDA device",
 }
-"""Known implementation -> why it cannot serve an op that does not list it."""
+"""Known implementation -> why it cannot serve an op or a device that is not in its tables."""
 
 REASONS: dict[str, str] = {
     "sdpa": "torch's fused attention on the live segments is the fastest that serves on {device}",
-    "reference": "plain torch is the only implementation that serves on {device}",
+    "reference": "plain torch is the only implementation left that serves on {device}",
+    "triton": "its kernels passed their self-check",
+    "flex": "torch's FlexAttention takes any such mask",
 }
 """Implementation -> why auto chose it."""
 
-NOT_ADMITTED = (
-    "the Triton kernel serves on {device} only when asked for by name, for the self-check that is to admit it is not "
-    "built yet; plain torch is the only other implementation"
-)
-"""Why auto chose the reference where a Triton kernel could serve."""
-
 logger = logging.getLogger(__name__)
+_choices: dict[str, None] = {}
 
 
-@torch.compiler.assume_constant_result
-def choose(op: str, impl: str, device_type: str) -> str:
+def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, width: int = 0) -> str:
     """Return the implementation that serves `op` on `device_type`: `impl` itself, or what `auto` chose.
+
+    dtype, width: what the op's Triton kernel is judged for: the inputs' dtype, and the head width K or row length D
+    that its variant depends on (0 where none does).
 
     Raises KernelUnavailableError when the name asked for, by argument or by TRIWEAVE_KERNELS, cannot serve.
     """
-    return _choose(op, impl, device_type, os.environ.get(OVERRIDE_VARIABLE, ""), interpreted())
+    return _decided(op, impl, device_type, dtype, admission.shape_class(op, width))
+
+
+def choices() -> tuple[str, ...]:
+    """Return what `auto` chose in this process so far and why, a line each, in the order of the first calls."""
+    return tuple(_choices)
 
 
 def interpreted() -> bool:
@@ -87,28 +112,83 @@ def triton_kernels(op: str) -> ModuleType:
     return importlib.import_module(f"triweave.kernels.{op}_triton")
 
 
+@torch.compiler.assume_constant_result
+def _decided(op: str, impl: str, device_type: str, dtype: torch.dtype, shape_class: int) -> str:
+    if admission.checking():  # which names what it compares, and judges the kernel that would be judged
+        return _choose(op, impl, device_type, "", interpreted(), None)
+    subject = (dtype, shape_class) if device_type in CHECKED_ON else None
+    return _choose(op, impl, device_type, os.environ.get(OVERRIDE_VARIABLE, ""), interpreted(), subject)
+
+
 @functools.cache
-def _choose(op: str, impl: str, device_type: str, override: str, interpret: bool) -> str:
+def _choose(
+    op: str,
+    impl: str,
+    device_type: str,
+    override: str,
+    interpret: bool,
+    subject: tuple[torch.dtype, int] | None,
+) -> str:
+    """subject: dtype and shape class a Triton kernel must be admitted for, None where it serves unchecked."""
     asked, origin = _asked(op, impl, override)
-    serving = [name for name in IMPLEMENTATIONS[op] if _why_not_here(name, device_type, interpret) is None]
     if asked == "auto":
-        chosen = next(name for name in serving if name != "triton")
-        reason = NOT_ADMITTED if chosen == "reference" and "triton" in serving else REASONS[chosen]
-        logger.info("%s: auto chose %s: %s", op, chosen, reason.format(device=device_type))
-        return chosen
-    if asked in serving:
+        return _automatic(op, device_type, interpret, subject)
+    against: str | None = _why_not(asked)
+    if asked in IMPLEMENTATIONS[op]:
+        against = _why_not_here(asked, device_type, interpret) or _why_not_for(op, asked, device_type, subject)
+    if against is None:
         return asked
-    listed = _why_not_here(asked, device_type, interpret) if asked in IMPLEMENTATIONS[op] else None
+    serving = [
+        name for name in IMPLEMENTATIONS[op] if name != asked and _why_not_here(name, device_type, interpret) is None
+    ]
     raise KernelUnavailableError(
-        f"{op}: {origin} asks for {asked!r}, which cannot serve on {device_type}: {listed or _why_not(asked)}; "
-        f"use auto or {' or '.join(serving)}"
+        f"{op}: {origin} asks for {asked!r}, which cannot serve on {device_type}: {against}; "
+        f"use {' or '.join(['auto', *serving])}"
     )
+
+
+def _automatic(op: str, device_type: str, interpret: bool, subject: tuple[torch.dtype, int] | None) -> str:
+    """Return the first of AUTO that serves, and log it together with what was passed over and why."""
+    passed_over = []
+    refused = False
+    chosen = "reference"
+    for name in AUTO.get(device_type, ()):
+        if name not in IMPLEMENTATIONS[op] or _why_not_here(name, device_type, interpret):
+            continue
+        if name == "triton" and op in UNMEASURED:
+            passed_over.append("triton is out: whether it is faster has not been measured")
+            continue
+        refusal = _why_not_for(op, name, device_type, subject)
+        if refusal is None:
+            chosen = name
+            break
+        refused = True
+        passed_over.append(f"{name} is out: {refusal}")
+    judged = "" if subject is None else f", {admission.described(op, *subject)}"
+    line = f"{op}: auto chose {chosen}: {REASONS[chosen].format(device=device_type)}{judged}"
+    if passed_over:
+        line += f" ({'; '.join(passed_over)})"
+    if line not in _choices:
+        _choices[line] = None
+        logger.log(logging.WARNING if refused else logging.INFO, "%s", line)
+    return chosen
+
+
+def _why_not_for(op: str, name: str, device_type: str, subject: tuple[torch.dtype, int] | None) -> str | None:
+    """Return why an implementation that could serve on the device does not serve this dtype and width there."""
+    if subject is None:
+        return None
+    if name == "triton":
+        return admission.refusal(op, *subject, device_type=device_type)
+    return flex_attention.why_not(*subject) if name == "flex" else None
 
 
 def _why_not_here(name: str, device_type: str, interpret: bool) -> str | None:
     """Return why an implementation that an op lists cannot serve on the device, None if it can."""
-    if name != "triton":
-        return None if ONLY_ON.get(name, device_type) == device_type else UNAVAILABLE[name]
+    if device_type not in ONLY_ON.get(name, (device_type,)):
+        return UNAVAILABLE[name]
+    if name != "triton" and (name, device_type) != ("flex", "cuda"):
+        return None
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton, versions 3.6 to 3.9)"
     if device_type == "cuda" or (device_type == "cpu" and interpret):

@@ -2,6 +2,7 @@
 
 KernelError
 ├── KernelUnavailableError   the implementation asked for cannot serve here; nothing falls back silently
+│   └── KernelCompileError   the compiler refuses a kernel for a chip
 └── KernelInputError         a shape, dtype or option that an op does not take
 """
 
@@ -12,6 +13,10 @@ class KernelError(Exception):
 
 class KernelUnavailableError(KernelError):
     """An implementation was asked for by name and cannot serve; the message says why and what can."""
+
+
+class KernelCompileError(KernelUnavailableError):
+    """A Triton kernel does not compile for a chip; the message ends with what the compiler said."""
 
 
 class KernelInputError(KernelError, ValueError):

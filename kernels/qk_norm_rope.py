@@ -166,7 +166,7 @@ def qk_norm_rope(
 
     Raises KernelInputError if shapes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("qk_norm_rope", impl, q.device.type)
+    chosen = choose("qk_norm_rope", impl, q.device.type, q.dtype, q.shape[-1])
     head_width = q.shape[-1]
     if not sections or min(sections) < 0 or 2 * sum(sections) != head_width:
         raise KernelInputError(

@@ -131,7 +131,7 @@ def rms_norm(
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("rms_norm", impl, x.device.type)
+    chosen = choose("rms_norm", impl, x.device.type, x.dtype, x.shape[-1])
     expected = (x.shape[-1],) if modality is None else (weight.shape[0], x.shape[-1])
     if tuple(weight.shape) != tuple(expected):
         raise KernelInputError(

@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         64: {"ROWS": 16, "BLOCK": 64, "num_warps": 4},
         128: {"ROWS": 8, "BLOCK": 128, "num_warps": 4},
         256: {"ROWS": 4, "BLOCK": 256, "num_warps": 4},
-        512: {"ROWS": 2, "BLOCK": 512, "num_warps": 4},
+        512: {"ROWS": 1, "BLOCK": 512, "num_warps": 4},
         1024: {"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
         2048: {"ROWS": 1, "BLOCK": 2048, "num_warps": 4},
         4096: {"ROWS": 1, "BLOCK": 4096, "num_warps": 16},

@@ -60,7 +60,7 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
 
     Raises KernelInputError if shapes or dtypes differ, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("swiglu", impl, gate.device.type)
+    chosen = choose("swiglu", impl, gate.device.type, gate.dtype)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise KernelInputError(
             f"swiglu: gate is {gate.dtype} {tuple(gate.shape)} but up is {up.dtype} {tuple(up.shape)}; make them equal"

@@ -8,9 +8,12 @@ number of keys (S in self-attention).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from triweave.kernels.errors import KernelInputError
 
 STRIP_COLUMNS = ("batch_row", "row_start", "row_end", "key_start", "key_end", "open_end")
 """Columns of the table that `segments` returns."""
@@ -280,3 +283,70 @@ def document_intervals(
         )
         hi = np.where(in_span, span_end, hi)
     return starts[None].astype(np.int32), hi[None].astype(np.int32)
+
+
+# Media intervals
+
+
+def media_intervals(
+    document_ids: npt.NDArray[np.integer],
+    span_ids: npt.NDArray[np.integer],
+    *,
+    seen: Literal["immediate", "preceding"],
+    keys_per_span: int | None = None,
+) -> tuple[Intervals, Intervals]:
+    """Return (media_lo, media_hi) int32 [B, S]: the keys on the media axis that each token of packed documents sees.
+
+                 tokens         A1  image  A2  image  A3  B1  image  B2     A1, A2, A3 and B1, B2: text of two documents
+        immediate  sees  nothing    0-1   0-1   2-3  2-3   nothing  4-5  4-5
+        preceding  sees  nothing    0-1   0-1   2-3  0-3   nothing  4-5  4-5
+
+    document_ids: [B, S], each document one run; negative at padding. span_ids: [B, S], negative at text; each run of
+    one number in one document is a media span. seen: the latest span of the document, or all of its spans so far; a
+    media token sees its own whole span either way. Without a span before it in its document it sees nothing, (0, 0).
+    keys_per_span: None if the axis holds the media tokens of the pack themselves, in order; else every span has that
+    many keys on it, as the latents of a resampler.
+
+    (Both public Flamingo implementations, in their mode of all preceding media, mask every key of text before the first
+    medium, where softmax turns equal scores into equal weights on all later media; neither knows packed documents.)
+
+    Raises KernelInputError.
+    """
+    _check_media(document_ids, span_ids, seen, keys_per_span)
+    rows, length = document_ids.shape
+    row = np.repeat(np.arange(rows), length)
+    document, span = document_ids.reshape(-1), span_ids.reshape(-1)
+    is_media = (span >= 0) & (document >= 0)
+    changes = np.ones((3, row.size), dtype=bool)
+    for change, column in zip(changes, (row, document, span), strict=True):
+        change[1:] = column[1:] != column[:-1]
+    starts = is_media & changes.any(axis=0)
+    first_token = np.flatnonzero(starts)
+    if first_token.size == 0:
+        return np.zeros((2, rows, length), dtype=np.int32)[0], np.zeros((rows, length), dtype=np.int32)
+    latest = np.cumsum(starts) - 1  # number of the latest span that has begun, -1 where none has
+    keys = np.bincount(latest[is_media]) if keys_per_span is None else np.full(first_token.size, keys_per_span)
+    ends = np.cumsum(keys)
+    row_of_span, document_of_span = row[first_token], document[first_token]
+    other_document = np.diff(document_of_span, prepend=-1) != 0
+    other_row = np.diff(row_of_span, prepend=-1) != 0
+    begins = ends - keys
+    begins_row = np.maximum.accumulate(np.where(other_row, begins, 0))
+    begins_document = np.maximum.accumulate(np.where(other_row | other_document, begins, 0))
+    sees = (latest >= 0) & (row_of_span[latest] == row) & (document_of_span[latest] == document)
+    first_key = np.where(is_media, begins[latest], (begins if seen == "immediate" else begins_document)[latest])
+    lo, hi = (np.where(sees, key - begins_row[latest], 0) for key in (first_key, ends[latest]))
+    return lo.reshape(rows, length).astype(np.int32), hi.reshape(rows, length).astype(np.int32)
+
+
+def _check_media(
+    document_ids: npt.NDArray[np.integer], span_ids: npt.NDArray[np.integer], seen: str, keys_per_span: int | None
+) -> None:
+    if document_ids.ndim != 2 or document_ids.shape != span_ids.shape:
+        raise KernelInputError(
+            f"media_intervals: document_ids {document_ids.shape} and span_ids {span_ids.shape} must both be [B, S]"
+        )
+    if seen not in ("immediate", "preceding"):
+        raise KernelInputError(f"media_intervals: seen={seen!r} is not a choice; use 'immediate' or 'preceding'")
+    if keys_per_span is not None and keys_per_span < 1:
+        raise KernelInputError(f"media_intervals: keys_per_span={keys_per_span} must be at least 1, or None")

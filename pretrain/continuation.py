@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.kernels.tiles import attention_tables
-from triweave.pretrain.batch import DeviceBatch, DevicePayload, kernel_tables, to_device
+from triweave.pretrain.batch import DeviceBatch, DevicePayload, KernelTables, kernel_tables, move_tables, to_device
 from triweave.pretrain.heads import LanguageModelHead
 from triweave.pretrain.kv_cache import KeyValueCache
 from triweave.pretrain.model import MultimodalTransformer
@@ -32,8 +32,9 @@ class Continuation:
         """Read the prompts, one piece a row (`prompt_batch`); `cache=False` recomputes all positions at every token."""
         self._model = model
         self._cache = KeyValueCache(len(model.decoder.blocks), len(prompts.tokens)) if cache else None
-        device = model.token_embedding.weight.device
-        self._batch = to_device(replace(prompts, extra=kernel_tables(prompts)), device)
+        weight = model.token_embedding.weight
+        self._tables = kernel_tables(model.config, weight.device, weight.dtype)
+        self._batch = to_device(replace(prompts, extra=self._tables(prompts)), weight.device)
         self.lengths = torch.from_numpy((prompts.kv_hi > prompts.kv_lo).sum(1))
         self._next_position = torch.from_numpy(prompts.positions.max(axis=(1, 2)).astype(np.int64) + 1)
         self.logits = self._read(self._batch, self.lengths - 1)
@@ -42,7 +43,7 @@ class Continuation:
         """Append one token, int64 [B], to each row and find the logits after it."""
         new = self._new_column(tokens)
         if self._cache is None:
-            self._batch = _with_column(self._batch, new, self.lengths)
+            self._batch = _with_column(self._batch, new, self.lengths, self._tables)
             last = self.lengths
         else:
             self._batch, last = new, torch.zeros_like(self.lengths)
@@ -55,7 +56,7 @@ class Continuation:
         chosen = torch.tensor(rows, dtype=torch.int64)
         self.lengths, self._next_position = self.lengths[chosen], self._next_position[chosen]
         if self._cache is None:
-            self._batch = _with_rows(self._batch, chosen)
+            self._batch = _with_rows(self._batch, chosen, self._tables)
         else:
             self._cache.keep(chosen)
         self.logits = self.logits[chosen.to(self.logits.device)]
@@ -72,7 +73,9 @@ class Continuation:
         device = self._batch.tokens.device
         kv_hi = (self.lengths + 1).to(torch.int32).unsqueeze(1)
         kv_lo = torch.zeros_like(kv_hi)
-        strips = _one_query_strips(self.lengths + 1)
+        tables = replace(self._tables, strips=False).of(kv_lo.numpy(), kv_hi.numpy(), keys=int(kv_hi.max()))
+        if self._tables.strips:
+            tables["segments"] = _one_query_strips(self.lengths + 1)
         return replace(
             self._batch,
             tokens=tokens.to(device, self._batch.tokens.dtype).unsqueeze(1),
@@ -80,21 +83,21 @@ class Continuation:
             kv_lo=kv_lo.to(device),
             kv_hi=kv_hi.to(device),
             payloads={},
-            tiles={"segments": strips},
+            tiles=move_tables(tables, device),
         )
 
 
-def _one_query_strips(keys: Tensor) -> Tensor:
+def _one_query_strips(keys: Tensor) -> npt.NDArray[np.int32]:
     """Return the strips of `kernels.tiles.segments` for one query a row that sees keys [0, keys[b]); int32 [B, 6]."""
-    strips = torch.zeros(len(keys), 6, dtype=torch.int32)
-    strips[:, 0] = torch.arange(len(keys))
+    strips = np.zeros((len(keys), 6), dtype=np.int32)
+    strips[:, 0] = np.arange(len(keys))
     strips[:, 2] = 1
-    strips[:, 4] = keys
-    strips[:, 5] = keys
+    strips[:, 4] = keys.numpy()
+    strips[:, 5] = keys.numpy()
     return strips
 
 
-def _with_column(batch: DeviceBatch, new: DeviceBatch, lengths: Tensor) -> DeviceBatch:
+def _with_column(batch: DeviceBatch, new: DeviceBatch, lengths: Tensor, tables: KernelTables) -> DeviceBatch:
     """Return the batch with the new position of each row right behind its own last one."""
     rows, width = batch.tokens.shape
     place = lengths.to(batch.tokens.device)
@@ -118,11 +121,11 @@ def _with_column(batch: DeviceBatch, new: DeviceBatch, lengths: Tensor) -> Devic
         kv_lo=kv_lo,
         kv_hi=kv_hi,
         payloads=payloads if wider else batch.payloads,
-        tiles=_tiles(kv_lo, kv_hi),
+        tiles=_tiles(tables, kv_lo, kv_hi, kv_lo.device, keys=kv_lo.shape[1]),
     )
 
 
-def _with_rows(batch: DeviceBatch, rows: Tensor) -> DeviceBatch:
+def _with_rows(batch: DeviceBatch, rows: Tensor, tables: KernelTables) -> DeviceBatch:
     """Return the batch with only these rows and their media."""
     width = batch.tokens.shape[1]
     chosen = rows.to(batch.tokens.device)
@@ -140,17 +143,17 @@ def _with_rows(batch: DeviceBatch, rows: Tensor) -> DeviceBatch:
                 grids=payload.grids[items],
                 token_index=renumbered * width + payload.token_index[kept] % width,
             )
+    kv_lo, kv_hi = batch.kv_lo[chosen], batch.kv_hi[chosen]
     return replace(
         batch,
         tokens=batch.tokens[chosen],
         positions=batch.positions[chosen],
-        kv_lo=batch.kv_lo[chosen],
-        kv_hi=batch.kv_hi[chosen],
+        kv_lo=kv_lo,
+        kv_hi=kv_hi,
         payloads=payloads,
-        tiles=_tiles(batch.kv_lo[chosen], batch.kv_hi[chosen]),
+        tiles=_tiles(tables, kv_lo, kv_hi, kv_lo.device, keys=width),
     )
 
 
-def _tiles(kv_lo: Tensor, kv_hi: Tensor) -> dict[str, Tensor]:
-    tables = attention_tables(kv_lo.cpu().numpy(), kv_hi.cpu().numpy())
-    return {name: torch.from_numpy(table) for name, table in tables.items()}
+def _tiles(tables: KernelTables, kv_lo: Tensor, kv_hi: Tensor, device: torch.device, *, keys: int) -> dict[str, Tensor]:
+    return move_tables(tables.of(kv_lo.cpu().numpy(), kv_hi.cpu().numpy(), keys=keys), device)

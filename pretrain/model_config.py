@@ -78,7 +78,7 @@ class ModelConfig:
     """Weight of the squared log-partition per supervised token, which keeps logits from drifting."""
     init_std: float = 0.02
     """Standard deviation of initial matrices; those that write to the residual stream get it / sqrt(2 layers)."""
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "triton", "flex", "flash"] = "auto"
     """Attention backend; auto picks and says why, a named one that cannot serve is an error."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: least memory, about a third more compute."""

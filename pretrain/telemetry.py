@@ -19,6 +19,7 @@ import torch
 
 from triweave.data_pipeline.batch import TEXT_ID
 from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.kernels.backends import choices
 from triweave.pretrain.zero import StepResult
 
 METRICS = "metrics.jsonl"
@@ -103,11 +104,15 @@ class Telemetry:
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
         self._line = _progress_line(first_step - 1, total_steps) if sys.stderr.isatty() else None
         self._total_steps = total_steps
+        self._told_choices = 0
 
     def step(self, result: StepResult) -> None:
-        """Record a finished step."""
+        """Record a finished step, and say which kernels `auto` chose since the one before, and why."""
         if not self._active:
             return
+        for choice in choices()[self._told_choices :]:
+            self._told_choices += 1
+            self.tell(f"kernels: {choice}")
         metrics = step_metrics(result)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()

@@ -110,7 +110,7 @@ def _build_loader(config: RunConfig, world: World, checkpoint: Checkpoint | None
         global_batch_rows=config.train.global_batch_rows,
         micro_batch_rows=config.train.micro_batch_rows,
         state=StreamState.from_json(checkpoint.state["stream"]) if checkpoint else None,
-        post_pack=kernel_tables,
+        post_pack=kernel_tables(config.model, world.device, config.train.dtype),
     )
 
 

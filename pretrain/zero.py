@@ -91,6 +91,11 @@ class TrainConfig:
     torch_threads: int = 0
     """Threads of torch in each rank on CPU; 0 leaves the launcher's choice."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model's weights and activations are while it computes."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_rows", "micro_batch_rows", "log_every_steps"):
             if getattr(self, name) < 1:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from triweave.launch.cli import COMMANDS
+from triweave.launch.commands import bench, kernels
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
-SUBCOMMANDS = {"tokenizer": ("train",), "bench": ("loader", "generate")}
+SUBCOMMANDS = {"tokenizer": ("train",), "bench": tuple(bench.ACTIONS), "kernels": tuple(kernels.ACTIONS)}
 
 
 def shell_lines() -> list[list[str]]:

@@ -3,6 +3,7 @@
 examples:
   triweave bench loader --json
   triweave bench generate --tokens 256
+  triweave bench kernels --mask interleaved,causal
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from triweave.launch.actions import add_actions, run_action
 ACTIONS = {
     "loader": "measure the loader against webdataset and the bare functions, in one run",
     "generate": "measure generation with its cache and without, in turns",
+    "kernels": "measure the ops against torch, FlexAttention, flash-attn and Liger, in turns",
 }
 
 

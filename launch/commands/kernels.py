@@ -13,6 +13,10 @@ from triweave.launch.actions import add_actions, run_action
 
 ACTIONS = {
     "compile": "compile every shipped kernel ahead of time, for chips that are not here, and show what it costs",
+    "selftest": "compare every Triton kernel with fp64 on this machine's device, and remember which may serve",
+    "roofline": "model how fast ops and compiled kernels can be on a chip, beside the figures that others published",
+    "tune": "pin the attention kernels' tiles for the GPU of this machine, by measuring",
+    "tiles": "count what tiles cost on packed documents: live-tile work against the exact mask area",
 }
 
 

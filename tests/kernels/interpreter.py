@@ -19,6 +19,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,11 +65,12 @@ def _language_namespaces(tl: Any) -> list[Any]:
 
 
 def _remember(undo: contextlib.ExitStack, *namespaces: Any) -> None:
-    """Put every attribute of the namespaces back at the end."""
+    """Put every attribute of the namespaces back at the end; modules imported meanwhile stay where they are."""
 
     def restore(namespace: Any, saved: dict[str, Any]) -> None:
         for name in set(vars(namespace)) - set(saved):
-            delattr(namespace, name)
+            if not isinstance(vars(namespace)[name], ModuleType):
+                delattr(namespace, name)
         for name, value in saved.items():
             if vars(namespace).get(name) is not value:
                 setattr(namespace, name, value)
@@ -116,19 +118,24 @@ def _patch_once(undo: contextlib.ExitStack) -> None:
 
 def _own_modules(undo: contextlib.ExitStack) -> None:
     """Forget the `*_triton` modules now, so that they are imported anew, and bring the old ones back at the end."""
-    package = importlib.import_module(PACKAGE)
+
+    def place(name: str) -> tuple[Any, str]:
+        """Return the package that a module is an attribute of, and the attribute's name."""
+        folder, _, own = name.rpartition(".")
+        return importlib.import_module(folder), own
 
     def forget() -> dict[str, Any]:
         names = [name for name in sys.modules if name.startswith(f"{PACKAGE}.") and name.endswith("_triton")]
-        for name in names:
-            vars(package).pop(name.rpartition(".")[2], None)
+        for folder, own in map(place, names):
+            vars(folder).pop(own, None)
         return {name: sys.modules.pop(name) for name in names}
 
     def bring_back(saved: dict[str, Any]) -> None:
         forget()
         sys.modules.update(saved)
         for name, module in saved.items():
-            setattr(package, name.rpartition(".")[2], module)
+            folder, own = place(name)
+            setattr(folder, own, module)
 
     undo.callback(bring_back, forget())
 

@@ -12,7 +12,7 @@ import sys
 import triton
 import triton.language as tl
 
-from triweave.kernels.compile_triton import Variant, compiled
+from triweave.kernels.compiler.compile_triton import Variant, compiled
 
 
 @triton.jit

@@ -113,6 +113,69 @@ def test_strips_with_a_large_open_part_are_merged_exactly(impl, spans):
     check_against_naive(*draw(1, 800, 800, heads=2, groups=1), lo, hi, impl, scale=0.7)
 
 
+def last_span_of(lengths, span_tokens):
+    """Causal documents, the last tokens of each of them one span."""
+    lo, hi = from_documents(lengths)
+    for end in np.cumsum(lengths).tolist():
+        hi[0, end - span_tokens : end] = end
+    return lo, hi
+
+
+def long_causal_calls(lo, hi):
+    """Return the query rows of the calls of CAUSAL_ROWS rows or more on torch's causal path."""
+    segments = torch.from_numpy(tiles.segments(lo.numpy(), hi.numpy()))
+    calls = sdpa_attention._calls(segments, lo, hi, torch.float32)
+    found = [(rows.start, rows.stop) for _, rows, parts in calls if any(part.causal for part in parts)]
+    return [(start, stop) for start, stop in found if stop - start >= sdpa_attention.CAUSAL_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "causal"),
+    [
+        (from_documents([5, 300, 40]), [(5, 305)]),
+        (last_span_of([3, 400], 30), [(3, 323)]),
+        (as_intervals([(0, 3)] * 3 + [(0, i + 1) for i in range(3, 400)]), []),  # a span first: no triangle
+        (as_intervals([(0, i + 2) for i in range(300)] + [(0, 0)]), []),  # moved by one key
+        (as_intervals([(max(0, i - 100), i + 1) for i in range(300)]), []),  # a window
+        (as_intervals([(0, i + 1 + (i > 200)) for i in range(300)]), []),  # a step
+    ],
+)
+def test_a_long_causal_triangle_takes_torchs_causal_path(monkeypatch, intervals, causal):
+    monkeypatch.setattr(sdpa_attention, "CAUSAL_ROWS", 250)
+    assert long_causal_calls(*intervals) == causal
+    keys = int(intervals[1].max())
+    check_against_naive(*draw(1, intervals[0].shape[1], keys), *intervals, "sdpa", scale=0.7)
+
+
+def test_short_triangles_need_no_mask_and_all_else_has_one():
+    lo, hi = from_documents([40, 64])
+    hi[0, 70:80] = 80
+    lo[0, 20] = 1
+    segments = torch.from_numpy(tiles.segments(lo.numpy(), hi.numpy()))
+    parts = {rows.start: list(made) for _, rows, made in sdpa_attention._calls(segments, lo, hi, torch.float32)}
+    assert [part.causal for made in parts.values() for part in made] == [False] * sum(map(len, parts.values()))
+    check_against_naive(*draw(1, 104, 104), lo, hi, "sdpa")
+    lo, hi = from_documents([40, 64])
+    segments = torch.from_numpy(tiles.segments(lo.numpy(), hi.numpy()))
+    parts = [part for *_, made in sdpa_attention._calls(segments, lo, hi, torch.float32) for part in made]
+    assert all(part.causal and part.bias is None for part in parts)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_long_causal_triangle_in_every_batch_row_and_dtype(monkeypatch, groups):
+    monkeypatch.setattr(sdpa_attention, "CAUSAL_ROWS", 100)
+    lo, hi = (
+        torch.cat([first, second])
+        for first, second in zip(from_documents([20, 130]), from_documents([150]), strict=True)
+    )
+    check_against_naive(*draw(2, 150, 150, groups=groups), lo, hi, "sdpa")
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v, grad = (x.detach().to(dtype).requires_grad_() for x in draw(2, 150, 150, groups=groups))
+        got, want = (attention(q, k, v, lo, hi, impl=impl)[0] for impl in IMPLEMENTATIONS[::-1])
+        for ours, theirs in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (got, want)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_rows_give_zero_and_minus_infinity_and_no_gradient(impl):
     lo, hi = STRUCTURES["padding in the middle"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from triweave.kernels import budgets
+from triweave.kernels.compiler import budgets
 
 ROW: dict[str, Any] = {
     "op": "attention",
@@ -23,6 +23,7 @@ ROW: dict[str, Any] = {
     "occupancy": 0.25,
     "matrix_instruction": "HGMMA",
     "compile_s": 1.5,
+    "source": "0123456789ab",
 }
 
 
@@ -74,3 +75,35 @@ def test_writing_replaces_the_rows_of_what_was_compiled_and_keeps_the_rest(tmp_p
     assert all("compile_s" not in row for row in table.values())
     lines = [line for line in path.read_text().splitlines() if '"op"' in line]
     assert [line.count('"op"') for line in lines] == [1, 1], "one row a line, so that a change is one line of a diff"
+
+
+def test_other_kernels_of_the_same_op_and_width_stay(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.json"
+    backward = ROW | {"kernel": "dq"}
+    for row in (backward, ROW):
+        budgets.write([row], triton="3.9.0", path=path)
+    assert set(budgets.load(path)) == {budgets.key(ROW), budgets.key(backward)}
+    assert [one.name for one in tmp_path.iterdir()] == ["budgets.json"], "nothing but the table is left behind"
+
+
+def test_rows_of_what_no_longer_ships_go(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.json"
+    gone = ROW | {"op": "gone"}
+    budgets.write([gone], triton="3.9.0", path=path)
+    budgets.write([ROW], triton="3.9.0", shipped={budgets.key(ROW)}, path=path)
+    assert set(budgets.load(path)) == {budgets.key(ROW)}
+
+
+def test_rows_of_two_versions_of_triton_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.json"
+    budgets.write([ROW | {"op": "other"}], triton="3.8.0", path=path)
+    budgets.write([ROW], triton="3.9.0", path=path)
+    assert budgets.version(path) == "3.9.0"
+    assert set(budgets.load(path)) == {budgets.key(ROW)}
+
+
+def test_missing_is_what_has_no_row_or_one_of_another_source() -> None:
+    changed, absent = budgets.key(ROW | {"kernel": "dq"}), budgets.key(ROW | {"kernel": "dkv"})
+    table = {budgets.key(ROW): ROW, changed: ROW | {"kernel": "dq"}}
+    wanted = {budgets.key(ROW): ROW["source"], changed: "another", absent: ROW["source"]}
+    assert budgets.missing(wanted, table) == [changed, absent]

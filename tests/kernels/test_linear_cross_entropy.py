@@ -174,7 +174,7 @@ def test_narrow_hidden_with_a_wide_weight_keeps_each_gradients_dtype():
         torch.testing.assert_close(got.float(), x, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_torch(monkeypatch, dtype):
     monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", 512 * 16)
     hidden, weight, targets, row_index, row_weight, row_modality = draw(100, 512, 64, shape=(1, 128))
@@ -219,7 +219,9 @@ def test_gradcheck(softcap):
 def test_opcheck(needed):
     hidden, weight, *rest = draw(count=5)
     inputs = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True)]
-    torch.library.opcheck(torch.ops.triweave.linear_cross_entropy.default, (*inputs, *rest, 0.1, None, 8, *needed))
+    torch.library.opcheck(
+        torch.ops.triweave.linear_cross_entropy.default, (*inputs, *rest, 0.1, None, 8, *needed, "reference")
+    )
 
 
 def test_compiles_without_a_graph_break_and_survives_checkpointing():

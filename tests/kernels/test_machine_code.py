@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triweave.kernels.machine_code import Instruction, figures, natural_loops, parse_amdgcn, parse_sass
+from triweave.kernels.compiler.machine_code import Instruction, figures, natural_loops, parse_amdgcn, parse_sass
 
 
 def sass(*lines: str) -> list[Instruction]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from triweave.kernels.occupancy import CHIPS, occupancy
+from triweave.kernels.compiler.occupancy import CHIPS, occupancy
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from triweave.kernels.occupancy import CHIPS, occupancy
         ("sm_80", 1, 32, 0, 32 / 64),  # 32 blocks
         ("sm_90", 8, 168, 200 << 10, 8 / 64),
         ("sm_90", 4, 32, 228 << 10, 0.0),  # more than a block may ask for
+        ("sm_120", 1, 32, 0, 24 / 48),  # 24 blocks
+        ("sm_86", 1, 32, 0, 16 / 48),
         ("sm_120", 4, 128, 99 << 10, 4 / 48),
         ("sm_120", 4, 128, 100 << 10, 0.0),
         ("gfx942", 4, 128, 16 << 10, 16 / 32),

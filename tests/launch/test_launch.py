@@ -125,7 +125,9 @@ def test_two_ranks_train_and_a_second_launch_is_refused_in_one_line(tiny_run: Pa
     assert result.returncode == 0, result.stderr
     metrics = read_metrics(tiny_run.parent / "run")
     assert sorted(metrics) == [1, 2, 3, 4]
-    assert "step 4/4" in (tiny_run.parent / "run" / "launch.log").read_text(encoding="utf-8")
+    log = (tiny_run.parent / "run" / "launch.log").read_text(encoding="utf-8")
+    assert "step 4/4" in log
+    assert log.count("kernels: attention: auto chose sdpa: ") == 1
     again = launch(tiny_run, "--num-ranks", "1")
     assert again.returncode == 2
     (line,) = again.stderr.splitlines()

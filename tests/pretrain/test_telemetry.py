@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from triweave.kernels import backends
 from triweave.pretrain.contrastive_window import ContrastiveFigures
 from triweave.pretrain.participation import Window
 from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
@@ -87,7 +88,23 @@ def test_each_step_stands_once_after_a_resume(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert [line.split()[1] for line in printed.err.splitlines()] == ["2/9", "4/9", "4/9", "6/9"]
+    steps = [line.split()[1] for line in printed.err.splitlines() if line.startswith("step ")]
+    assert steps == ["2/9", "4/9", "4/9", "6/9"]
+
+
+def test_each_choice_of_kernels_is_told_once(tmp_path, capsys, monkeypatch):
+    made = {"swiglu: auto chose reference: it must": None}
+    monkeypatch.setattr(backends, "_choices", made)
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1) as telemetry:
+        telemetry.step(result(1))
+        telemetry.step(result(2))
+        made["rms_norm: auto chose triton: it may"] = None
+        telemetry.step(result(3))
+    lines = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "kernels: swiglu: auto chose reference: it must", "step 1/9", "step 2/9",
+        "kernels: rms_norm: auto chose triton: it may", "step 3/9",
+    ]  # fmt: skip
 
 
 def test_tensorboard_holds_the_nested_figures(tmp_path):

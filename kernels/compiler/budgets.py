@@ -1,6 +1,7 @@
 """The committed table of what every compiled kernel costs, and what has changed against it.
 
-`budgets.json` holds one row per line, as `triweave kernels compile --write` made them, without the seconds. A fresh row
+`budgets.json` holds one row per line, as `triweave kernels compile --write` made them: without the seconds, but with
+the digest of the source they were compiled from, by which `missing` finds what has to be compiled anew. A fresh row
 may not spill more, touch local memory in an inner loop more often, take more shared memory, hold fewer warps or lose
 its matrix instruction; any other change is shown and is no failure, since registers move with the assembler's version.
 """
@@ -8,7 +9,8 @@ its matrix instruction; any other change is shown and is no failure, since regis
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ CEILINGS = ("spill_bytes", "inner_loop_local_accesses", "shared_bytes")
 FIGURES = ("registers", *CEILINGS, "occupancy", "matrix_instruction")
 
 BudgetRow = Mapping[str, Any]
+Name = tuple[Any, ...]
+"""The values of KEY, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """One figure of one row that differs from the table; `figure` is "row" for a row the table lacks."""
 
-    row: tuple[Any, ...]
+    row: Name
     figure: str
     before: Any
     now: Any
@@ -42,17 +46,24 @@ class Change:
         return f"{name}: {self.figure} {self.before} -> {self.now}{' (over budget)' if self.broken else ''}"
 
 
-def key(row: BudgetRow) -> tuple[Any, ...]:
+def key(row: BudgetRow) -> Name:
     """Return what names a row."""
     return tuple(row[name] for name in KEY)
 
 
-def load(path: Path = TABLE) -> dict[tuple[Any, ...], BudgetRow]:
-    """Return the committed rows by their key."""
+def version(path: Path = TABLE) -> str | None:
+    """Return the version of Triton that compiled the table; None without one."""
+    return str(json.loads(path.read_text(encoding="utf-8"))["triton"]) if path.exists() else None
+
+
+def load(path: Path = TABLE) -> dict[Name, BudgetRow]:
+    """Return the table's rows by their key; none without a file."""
+    if not path.exists():
+        return {}
     return {key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
-def changes(rows: Iterable[BudgetRow], table: Mapping[tuple[Any, ...], BudgetRow]) -> list[Change]:
+def changes(rows: Iterable[BudgetRow], table: Mapping[Name, BudgetRow]) -> list[Change]:
     """Return every figure of `rows` that is not the table's."""
     found = []
     for row in rows:
@@ -76,21 +87,29 @@ def _breaks(figure: str, before: Any, now: Any) -> bool:
     return figure == "matrix_instruction"
 
 
-def write(rows: Iterable[BudgetRow], *, triton: str, path: Path = TABLE) -> None:
-    """Put `rows` into the table; older rows of the same op, chip, dtype and width go, all others stay.
+def missing(wanted: Mapping[Name, str], table: Mapping[Name, BudgetRow]) -> list[Name]:
+    """Return which of `wanted`, name -> digest of its source, have no row or one of another source."""
+    return [name for name, source in wanted.items() if name not in table or table[name]["source"] != source]
 
-    triton: the version that compiled them.
+
+def write(
+    rows: Iterable[BudgetRow], *, triton: str, shipped: Collection[Name] | None = None, path: Path = TABLE
+) -> None:
+    """Put `rows`, which have a `source` beside the figures, into the table, in one step that a reader never sees half.
+
+    An older row of the same kernel, chip, dtype and width goes, and one that is not in `shipped`.
+    triton: the version that compiled them; a table of another version is not mixed with it but begun anew.
     """
-    fresh = {key(row): {name: row[name] for name in (*KEY, *FIGURES)} for row in rows}
-    replaced = {_cell(row) for row in fresh.values()}
-    kept = load(path) if path.exists() else {}
-    merged = {name: row for name, row in kept.items() if _cell(row) not in replaced} | fresh
+    fresh = {key(row): {name: row[name] for name in (*KEY, *FIGURES, "source")} for row in rows}
+    replaced = {name[:-1] for name in fresh}
+    kept = load(path) if version(path) == triton else {}
+    merged = {
+        name: row for name, row in kept.items() if name[:-1] not in replaced and (shipped is None or name in shipped)
+    } | fresh
     lines = ",\n".join(f"  {json.dumps(row)}" for row in sorted(merged.values(), key=_order))
-    path.write_text(f'{{\n "triton": {json.dumps(triton)},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-
-
-def _cell(row: BudgetRow) -> tuple[Any, ...]:
-    return row["op"], row["arch"], row["dtype"], row["head_dim"]
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(f'{{\n "triton": {json.dumps(triton)},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    new.replace(path)
 
 
 def _order(row: BudgetRow) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ class Instruction:
     """One instruction; `target` is the index of the one it may jump to, `ends` whether it never goes on to the next."""
 
     opcode: str
+    operands: str = ""
     target: int | None = None
     ends: bool = False
 
@@ -165,7 +166,7 @@ def parse_sass(text: str) -> list[Instruction]:
         target = index_of.get(int(address[1], 16)) if address else None
         plain_jump = base in ("BRA", "JMP") and operands.strip().startswith("0x")
         ends = guard is None and (plain_jump or base in _SASS_ENDS)
-        instructions.append(Instruction(opcode=opcode, target=target, ends=ends))
+        instructions.append(Instruction(opcode=opcode, operands=operands, target=target, ends=ends))
     return instructions
 
 

@@ -7,7 +7,10 @@ memory, a modelled occupancy, the matrix instruction and the seconds it took. `s
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
+import hashlib
 import re
 import subprocess
 import sys
@@ -22,11 +25,12 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
-from triweave.kernels.errors import KernelUnavailableError
-from triweave.kernels.machine_code import CodeFigures, figures, parse_amdgcn, parse_sass
-from triweave.kernels.occupancy import CHIPS, occupancy
+from triweave.kernels.compiler.machine_code import CodeFigures, figures, parse_amdgcn, parse_sass
+from triweave.kernels.compiler.occupancy import CHIPS, occupancy
+from triweave.kernels.errors import KernelCompileError, KernelUnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,20 @@ class Variant:
     """num_warps, num_stages, ..."""
     config: str
     """The pinned config as the row shows it."""
+
+    def name(self, arch: str) -> tuple[str | int | None, ...]:
+        """Return what names its row in the table: the values of budgets.KEY, in order."""
+        return self.op, self.kernel, arch, self.dtype, self.head_dim, self.config
+
+    @property
+    def source(self) -> str:
+        """12 hex digits of all that is compiled: the kernel, what it calls, types and constants.
+
+        Comments, layout and the place in the file do not count.
+        """
+        launch = [sorted(part.items()) for part in (self.signature, self.constants, self.options)]
+        parts = [*sorted(_sources(self.function)), repr(launch), repr(sorted(self.aligned))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +94,8 @@ class Row:
 def compiled(variant: Variant, arch: str) -> Row:
     """Compile `variant` for `arch`, always anew, and return its row.
 
-    arch: one of CHIPS. Raises KernelUnavailableError where Triton interprets instead of compiling, or cannot compile
-    this variant.
+    arch: one of CHIPS. Raises KernelUnavailableError where Triton interprets instead of compiling, KernelCompileError
+    where it cannot compile this variant.
     """
     if not isinstance(variant.function, JITFunction):
         raise KernelUnavailableError(
@@ -85,11 +103,11 @@ def compiled(variant: Variant, arch: str) -> Row:
         )
     started = time.perf_counter()
     try:
-        kernel = _compile(variant, arch)
+        kernel = compile_variant(variant, arch)
     except Exception as error:  # Triton's compiler raises many kinds
         name = f"{variant.kernel} {variant.dtype} {variant.head_dim} {variant.config}"
         why = " ".join(str(error).split())[-300:]
-        raise KernelUnavailableError(f"kernels compile: {name} does not compile for {arch}: {why}") from error
+        raise KernelCompileError(f"kernels compile: {name} does not compile for {arch}: {why}") from error
     seconds = time.perf_counter() - started
     registers, spill_bytes, code = _inspect(kernel, arch)
     shared_bytes = int(kernel.metadata.shared)
@@ -116,7 +134,7 @@ def compiled(variant: Variant, arch: str) -> Row:
     )
 
 
-def _compile(variant: Variant, arch: str) -> Any:
+def compile_variant(variant: Variant, arch: str) -> Any:
     """Return Triton's CompiledKernel; its cache is a folder that is gone afterwards."""
     names = variant.function.arg_names
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
@@ -139,6 +157,23 @@ def _compile(variant: Variant, arch: str) -> Any:
         return triton.compile(source, target=target, options={"enable_fp_fusion": True, **variant.options})
 
 
+@functools.cache
+def _sources(function: JITFunction) -> frozenset[str]:
+    """Return the texts of a kernel, without comments and docstring, and of our kernels and constants that it uses."""
+    tree = ast.parse(function.src).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    texts = {ast.unparse(tree)}
+    for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        value = function.fn.__globals__.get(name)
+        if isinstance(value, JITFunction) and value is not function:
+            texts |= _sources(value)
+        elif isinstance(value, constexpr):
+            texts.add(f"{name} = {value.value!r}")
+    return frozenset(texts)
+
+
 def _inspect(kernel: Any, arch: str) -> tuple[int, int, CodeFigures]:
     """Return registers per thread, spilled bytes per thread and the figures of the machine code."""
     if arch.startswith("gfx"):
@@ -148,11 +183,11 @@ def _inspect(kernel: Any, arch: str) -> tuple[int, int, CodeFigures]:
             _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
             figures(parse_amdgcn(assembly)),
         )
-    text = _disassembled(kernel.asm["cubin"])
+    text = disassembled(kernel.asm["cubin"])
     return _number(r"\bREG:(\d+)", text), _number(r"\bSTACK:(\d+)", text), figures(parse_sass(text))
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
     """Return what Triton's own cuobjdump says of a binary: its resource usage and its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)

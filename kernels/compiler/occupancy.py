@@ -1,8 +1,11 @@
 """How many warps of a kernel fit on one multiprocessor: a model from the chips' published limits, nothing is measured.
 
 occupancy = resident warps / the most warps a multiprocessor holds. Sources: NVIDIA's CUDA programming guide, appendix
-compute capabilities (warps, blocks, registers, shared memory) and its occupancy calculator (allocation granularity);
-AMD's CDNA3 instruction set manual (registers per lane, waves per SIMD, LDS).
+compute capabilities, and the Ampere, Hopper and Blackwell tuning guides, each section occupancy (warps, blocks,
+registers, shared memory; 1 KiB of it is the system's in every block); the occupancy calculator (allocation units);
+AMD's CDNA3 instruction set manual (registers per lane, waves per SIMD, LDS). On compute capability 12.0 NVIDIA's texts
+differ: 24 blocks and 100 KiB by the programming guide's tables of CUDA 13, which are taken here, 32 blocks and 128 KB
+(with the L1 cache) by the Blackwell tuning guide.
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ class Assembler:
         if self._writer is not None:
             self._writer.__exit__(None, None, None)
             self._writer = None
+        for path in self._folder.glob("shard-*.tmp"):  # of an interrupt between a file's opening and `_writer`
+            path.unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """Take over the shards that an earlier run sealed."""

@@ -2,7 +2,9 @@
 
 examples:
   triweave kernels compile --arch sm_80,sm_90 --op attention
-  triweave kernels compile --help
+  triweave kernels roofline --chip h100,b200 --op attention --head-dim 128
+  triweave kernels selftest                          on a machine with a GPU; kernels/README.md says what it decides
+  triweave kernels tiles
 """
 
 from __future__ import annotations

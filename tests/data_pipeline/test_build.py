@@ -143,6 +143,19 @@ def test_a_worker_that_outlives_its_build_a_moment_leaves_no_trace(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_an_interrupt_while_a_shard_is_opened_leaves_no_file(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, name: str) -> None:
+        ShardWriter(folder, name)._file.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("triweave.data_pipeline.shards.assemble.ShardWriter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(FolderSource(root=tiny_corpus), tmp_path / "shards", BuildOptions())
+    assert not list((tmp_path / "shards").glob("*.tmp"))
+
+
 def test_an_interrupt_ends_soon_and_keeps_what_is_done(expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     process = start(out, 2, -1, seconds_per_row=0.005)

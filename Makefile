@@ -13,6 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 # The stamp carries a hash of what it depends on, not a time: a fresh clone or a change of branch gives files new times,
 # and the second run must need no network.
@@ -54,7 +55,10 @@ check: $(STAMP) ## lint, format, types, import arrows
 
 test-gpu: ## on a machine with a CUDA device, torch and triton: checks and benchmark into kernels/results, 10 minutes
 	@mkdir -p .types && ln -sfn .. .types/triweave
-	PYTHONPATH=.types $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m triweave.kernels.device.device_suite $(ARGS)
+	PYTHONPATH=.types $(GPU_PYTHON) -m triweave.kernels.device.device_suite $(ARGS)
+	@if $(GPU_PYTHON) -c 'import pytest, pytest_timeout, deepspeed' 2>/dev/null; \
+	then $(GPU_PYTHON) -m pytest -m "gpu and not slow"; \
+	else echo "make test-gpu: the tests marked gpu are left out, $(GPU_PYTHON) lacks pytest or deepspeed (make install)"; fi
 
 soak: $(STAMP) ## hundreds of kills and long fuzzing, by hand
 	$(BIN)/python -m pytest -m soak $(ARGS)

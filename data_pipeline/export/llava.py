@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triweave.data_pipeline.export.target import Exported, Exporting
+from triweave.data_pipeline.export.exported import Exported, Exporting
 from triweave.data_pipeline.shards.schema import Document, TextPart
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}

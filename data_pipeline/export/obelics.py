@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from triweave.data_pipeline.export.target import Exported, Exporting
+from triweave.data_pipeline.export.exported import Exported, Exporting
 from triweave.data_pipeline.shards.schema import Document, MediaPart, TextPart
 
 SCHEMA = pa.schema(

@@ -6,13 +6,12 @@ Everything is prepared in a hidden folder beside the target, which is renamed at
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from triweave.data_pipeline.errors import FetchError
+from triweave.data_pipeline.new_folder import new_folder
 
 MARKER_NAME = "fetched.json"
 
@@ -53,25 +52,8 @@ def fetch_whole(corpus: str, out: Path, prepare: Prepare, report: Report) -> Fet
     if fetched is not None:
         report(f"{out}: already there ({fetched.files} files from {fetched.origin})")
         return fetched
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FetchError(f"--out {out}: holds something else; choose a new or an empty folder")
-    if out.is_symlink() or out.resolve() == Path.cwd():  # no rename takes their place, as would show after the download
-        raise FetchError(f"--out {out}: is a link or the current folder; name the folder itself, or a new one in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))  # apt wants it absolute
-    except OSError as error:
-        raise FetchError(f"--out {out}: cannot be written ({error.strerror})") from None
-    try:
-        prepared, aside = work / "corpus", work / "aside"
-        prepared.mkdir()
-        aside.mkdir()
+    with new_folder(out, FetchError) as (prepared, aside):
         fetched = _completed(corpus, prepared, prepare(prepared, aside))
-        prepared.replace(out)  # an empty folder of that name gives way
-    except OSError as error:
-        raise FetchError(f"--out {out}: {_reason(error)}; nothing is left behind") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     report(f"{out}: {fetched.files} files, {fetched.total_bytes / 1e6:.0f} MB")
     return fetched
 
@@ -87,14 +69,6 @@ def _already_there(corpus: str, out: Path) -> Fetched | None:
     if fetched.corpus != corpus:
         raise FetchError(f"--out {out}: holds the corpus {fetched.corpus}; choose another folder for {corpus}")
     return fetched
-
-
-def _reason(error: OSError) -> str:
-    """Return what went wrong with which file, in one line; of the many failures of a copied tree the first."""
-    if isinstance(error, shutil.Error):
-        reasons = sorted(reason for _, _, reason in error.args[0])
-        return reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else "")
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
 def _completed(corpus: str, prepared: Path, origin: Origin) -> Fetched:

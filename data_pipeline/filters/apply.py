@@ -28,7 +28,8 @@ def filtered(document: Document, options: FilterOptions) -> Document:
         if wanted is not None and value not in wanted:
             raise FilteredError(f"{name}: {'none' if value is None else value}")
     document = _without_bad_media(document, options)
-    for reason in _text_reasons(document, options):
+    reason = next(_text_reasons(document, options), "")
+    if reason:
         raise FilteredError(reason)
     return document
 
@@ -112,7 +113,9 @@ def _audio_rules(part: MediaPart, options: FilterOptions) -> Iterator[Rule]:
 
 
 def _text_reasons(document: Document, options: FilterOptions) -> Iterator[str]:
-    """Yield why a document's text, all its parts together, is refused."""
+    """Yield why a document's text, all its parts together, is refused; it is read only where a rule asks for it."""
+    if not options.has_text_rules:
+        return
     text = "\n".join(part.text for part in document.parts if isinstance(part, TextPart))
     words, lines = text_rules.words_of(text), text_rules.lines_of(text)
     pictures = sum(part.modality == "image" for part in document.parts)
@@ -134,4 +137,4 @@ def _text_reasons(document: Document, options: FilterOptions) -> Iterator[str]:
         }
         if str(document.labels.get("language", "")).partition("-")[0].partition("_")[0] == "en":
             figures["min_stop_words"] = lambda: text_rules.stop_words(words)
-    return (rule.reason for rule in _rules(options, figures) if rule.fails)
+    yield from (rule.reason for rule in _rules(options, figures) if rule.fails)

@@ -74,6 +74,11 @@ class FilterOptions:
             if name.endswith("_share") and value > 1:
                 raise ConfigError(f"filter {name}={value}: is a share, from 0 to 1")
 
+    @property
+    def has_text_rules(self) -> bool:
+        """Return whether a rule about words or lines is asked for."""
+        return any(name.startswith(("min_", "max_")) for name in self.asked())
+
     def asked(self) -> dict[str, Any]:
         """Return the options that differ from their default, as JSON values."""
         values = {

@@ -24,9 +24,8 @@ from triweave.data_pipeline.errors import SourceError
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.base import Row, require_folder
-from triweave.data_pipeline.sources.collected_parts import file_below, file_size
-from triweave.data_pipeline.sources.concepts import group_labels
-from triweave.data_pipeline.splits import group_rows
+from triweave.data_pipeline.sources.collected_parts import file_size
+from triweave.data_pipeline.sources.concepts import own_group_labels
 
 COCO_FILES = "captions_*.json"
 FLICKR_FILES = ("results_20130124.token", "results.csv")
@@ -119,29 +118,33 @@ def read_object(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
     return dict(content)
 
 
-def find_picture(root: Path, folders: tuple[str, ...], name: str) -> str | None:
-    """Return the path below `root` of a picture that lies in one of `folders`, None where it does not."""
-    return next((f"{folder}/{name}" for folder in folders if file_below(root, f"{folder}/{name}")), None)
+def find_picture(root: Path, folders: tuple[str, ...], name: str) -> list[Any] | None:
+    """Return [path below `root`, size] of a picture that lies in one of `folders`, None where it does not."""
+    for folder in folders:
+        path = f"{folder}/{name}"
+        size = file_size(root, path)
+        if size >= 0:
+            return [path, size]
+    return None
 
 
 def _caption_row(root: Path, document_id: str, folders: tuple[str, ...], picture: str, caption: str) -> Row:
     caption = " ".join(caption.split())
-    path = find_picture(root, folders, picture)
-    if path is None:
+    found = find_picture(root, folders, picture)
+    if found is None:
         return Row(id=document_id, failed=f"{picture} is in none of the folders {', '.join(folders)}")
     if not caption:
         return Row(id=document_id, filtered="an empty caption")
-    recipe = {"picture": [path, file_size(root, path)], "caption": caption, "image": picture}
+    recipe = {"picture": found, "caption": caption, "image": picture}
     return Row(id=document_id, recipe=recipe, group=picture)
 
 
 def _captioned(row: Row, encoder: MediaEncoder, root: Path, source: dict[str, Any]) -> Document:
     image = row.recipe["image"]
-    (group,) = group_rows([[f"image:{image}"]])
     return Document(
         id=row.id,
         parts=(encoder.encode_file(root / row.recipe["picture"][0], "image", shared=True),
                TextPart(text=row.recipe["caption"])),
         source=source,
-        labels={"language": "en", "image": image, "kind": "caption", **group_labels(group)},
+        labels={"language": "en", "image": image, "kind": "caption", **own_group_labels(f"image:{image}")},
     )  # fmt: skip

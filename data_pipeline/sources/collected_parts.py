@@ -23,10 +23,12 @@ class CollectedParts:
     """The parts of one document in the making.
 
     root: folder that all files must lie in; a reference that leads out of it is not followed.
+    shared: whether other documents use the same files, as the pages of a site do; they are then encoded once.
     """
 
     root: Path
     encoder: MediaEncoder
+    shared: bool = False
     parts: list[Part] = field(default_factory=list)
     _left_out: list[str] = field(default_factory=list)
 
@@ -50,7 +52,9 @@ class CollectedParts:
         if path is None:
             self._left_out.append(f"{reference} is not there")
             return False
-        return self._add(lambda: self.encoder.encode_file(path, modality, shared=True), reference, alt, min_side_px)
+        return self._add(
+            lambda: self.encoder.encode_file(path, modality, shared=self.shared), reference, alt, min_side_px
+        )
 
     def add_bytes(self, modality: str, data: bytes, name: str, *, alt: str | None = None) -> bool:
         """Add a medium of which the corpus holds the bytes; return whether it is whole."""

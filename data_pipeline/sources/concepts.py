@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from triweave.data_pipeline.splits import normalise_text, split_of
+from triweave.data_pipeline.splits import group_rows, normalise_text, split_of
 
 
 def text_keys(*texts: str) -> list[str]:
@@ -25,3 +25,9 @@ def file_key(path: Path) -> str:
 def group_labels(group: str) -> dict[str, str]:
     """Return the labels of a concept's documents: `group`, and the `split` that follows from it."""
     return {"group": group, "split": split_of(group)}
+
+
+def own_group_labels(key: str) -> dict[str, str]:
+    """Return the labels of a concept that has one key and joins no other: a picture, a speaker."""
+    (group,) = group_rows([[key]])
+    return group_labels(group)

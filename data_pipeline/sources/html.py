@@ -70,7 +70,7 @@ class HtmlSource:
         """Make the document of one page."""
         path = row.recipe[0]
         page = read_page((self.root / path).read_bytes())
-        collected = CollectedParts(root=self.root, encoder=encoder)
+        collected = CollectedParts(root=self.root, encoder=encoder, shared=True)
         characters = 0
         for part in page.parts:
             if isinstance(part, PageText):

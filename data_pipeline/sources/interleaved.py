@@ -7,7 +7,8 @@ Position i of a page is its text or its picture, or, where both are set, the pic
 the row (bytes, or a struct with `bytes`) or a file of the folder `media`, named by the sha256 of its URL in hexadecimal
 with the ending of a kind of picture, in the folder itself or below its first two letters. `metadata` (JSON or a list of
 structs, one per position) gives `alt_text`, `general_metadata` or `url` the page's URL. Pictures that cannot be had are
-left out, and the ledger's kept row says how many and which.
+left out, and the ledger's kept row says how many and which. The folder `media` is no part of the input's fingerprint:
+after more was downloaded into it, build anew with --overwrite.
 """
 
 from __future__ import annotations
@@ -16,12 +17,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import SourceError
 from triweave.data_pipeline.media.modalities import MODALITIES
@@ -29,9 +26,9 @@ from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document
 from triweave.data_pipeline.sources.base import FilteredError, Row, walk_files
 from triweave.data_pipeline.sources.collected_parts import CollectedParts
+from triweave.data_pipeline.sources.parquet_rows import open_parquet, read_parquet_row
 
 COLUMNS = ("texts", "images")
-NOTES = ("metadata", "general_metadata", "url", "language")
 _ENDING = ".parquet"
 
 
@@ -58,10 +55,7 @@ class InterleavedSource:
                 f"--media {self.media}: no such folder; it holds pictures named by the sha256 of their URL"
             )
         for name, path in self._files():
-            file = _open(path)
-            missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
-            if missing:
-                raise SourceError(f"--input {path}: has no column {missing[0]!r}; it needs {' and '.join(COLUMNS)}")
+            file = open_parquet(path, COLUMNS)
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 for position in range(metadata.num_rows):
@@ -72,8 +66,8 @@ class InterleavedSource:
     def document(self, row: Row, encoder: MediaEncoder) -> Document:
         """Make the document of one page."""
         name, group, position = row.recipe[:3]
-        path = dict(self._files())[name]
-        record = _row_group(path, group, path.stat().st_mtime_ns).slice(position, 1).to_pylist()[0]
+        path = self.root if self.root.is_file() else self.root / name
+        record = read_parquet_row(path, group, position)
         texts, images = record["texts"] or [], record["images"] or []
         notes = _list(record.get("metadata"))
         collected = CollectedParts(root=self.media or path.parent, encoder=encoder)
@@ -124,21 +118,6 @@ def picture_of_url(folder: Path, url: str) -> str | None:
         f"{place}{name}.{ending}" for place in ("", f"{name[:2]}/") for ending in MODALITIES["image"].extensions
     )
     return next((candidate for candidate in candidates if (folder / candidate).is_file()), None)
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"--input {path}: not a Parquet file ({error})") from None
-
-
-@lru_cache(maxsize=1)
-def _row_group(path: Path, group: int, _changed_ns: int) -> pa.Table:
-    """Return one row group; `_changed_ns` keeps the cache from answering for a file that was written anew."""
-    file = _open(path)
-    columns = [name for name in (*COLUMNS, *NOTES) if name in file.schema_arrow.names]
-    return file.read_row_group(group, columns=columns)
 
 
 def _list(value: Any) -> list[Any]:

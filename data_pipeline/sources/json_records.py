@@ -55,7 +55,7 @@ def _lines(path: Path) -> Iterator[JsonRecord]:
                     yield _record(number, start, len(line), value)
                 except (ValueError, RecursionError) as error:
                     yield JsonRecord(
-                        number=number, start=start, size=len(line), value=None, problem=f"not JSON: {error}"
+                        number=number, start=start, size=len(line), value=None, problem=f"is not JSON: {error}"
                     )
             start += len(line)
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import SourceError
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document
 from triweave.data_pipeline.sources.base import Row
+from triweave.data_pipeline.sources.json_records import json_records, read_json_record
+from triweave.data_pipeline.sources.parquet_rows import open_parquet, read_parquet_row
 from triweave.data_pipeline.sources.record import record_document
 
 _PARQUET = ".parquet"
@@ -53,42 +53,27 @@ class ManifestSource:
         """Make the document of one record."""
         if self.root.suffix == _PARQUET:
             group, position = row.recipe[:2]
-            record = _row_group(self.root, group, self.root.stat().st_mtime_ns).slice(position, 1).to_pylist()[0]
+            record = read_parquet_row(self.root, group, position)
             record |= {name: _object(record.get(name)) for name in ("labels", "source")}
         else:
-            start, size = row.recipe[:2]
-            with open(self.root, "rb") as file:
-                file.seek(start)
-                record = json.loads(file.read(size))
+            record = read_json_record(self.root, *row.recipe[:2])
         record["source"] = {"corpus": self.root.stem, **(record.get("source") or {})}
         return record_document(row.id, record, encoder, folder=self.root.parent)
 
     def _jsonl_rows(self) -> Iterator[Row]:
-        start = 0
-        with open(self.root, "rb") as file:
-            for number, line in enumerate(file):
-                if line.strip():
-                    yield self._jsonl_row(number, start, line)
-                start += len(line)
-
-    def _jsonl_row(self, number: int, start: int, line: bytes) -> Row:
-        unnamed = f"line:{number + 1}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            return Row(id=unnamed, failed=f"line {number + 1} is not JSON: {error}")
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or not record["id"]:
-            return Row(id=unnamed, failed=f"line {number + 1} has no id (a string)")
-        return Row(id=record["id"], recipe=[start, len(line), _sizes(record.get("parts"), self.root.parent)])
+        for record in json_records(self.root):
+            line = record.number + 1
+            value = record.value or {}
+            if record.value is None:
+                yield Row(id=f"line:{line}", failed=f"line {line} {record.problem}")
+            elif not isinstance(value.get("id"), str) or not value["id"]:
+                yield Row(id=f"line:{line}", failed=f"line {line} has no id (a string)")
+            else:
+                sizes = _sizes(value.get("parts"), self.root.parent)
+                yield Row(id=value["id"], recipe=[record.start, record.size, sizes])
 
     def _parquet_rows(self) -> Iterator[Row]:
-        try:
-            file = pq.ParquetFile(self.root)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SourceError(f"--input {self.root}: not a Parquet file ({error})") from None
-        missing = {"id", "parts"} - set(file.schema_arrow.names)
-        if missing:
-            raise SourceError(f"--input {self.root}: has no column {sorted(missing)[0]!r}; it needs id and parts")
+        file = open_parquet(self.root, ("id", "parts"))
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
             try:
@@ -101,12 +86,6 @@ class ManifestSource:
                     yield Row(id=value, recipe=[group, position, size], group=f"row-group:{group}")
                 else:
                     yield Row(id=f"row:{name}", failed=f"row {name} has no id (a string)", group=f"row-group:{group}")
-
-
-@lru_cache(maxsize=1)
-def _row_group(path: Path, group: int, _changed_ns: int) -> pa.Table:
-    """Return one row group; `_changed_ns` keeps the cache from answering for a file that was written anew."""
-    return pq.ParquetFile(path).read_row_group(group)
 
 
 def _object(value: Any) -> Any:

@@ -23,8 +23,7 @@ from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.base import Row, require_folder, walk_files
 from triweave.data_pipeline.sources.collected_parts import file_below, file_size
-from triweave.data_pipeline.sources.concepts import group_labels
-from triweave.data_pipeline.splits import group_rows
+from triweave.data_pipeline.sources.concepts import own_group_labels
 
 _TRANSCRIPTS = ".trans.txt"
 _SPEAKER_CHARACTERS = 16
@@ -123,10 +122,10 @@ def _spoken(row: Row, encoder: MediaEncoder, root: Path, source: dict[str, Any])
     path = file_below(root, recipe["clip"][0])
     if path is None:
         raise SourceError(f"{recipe['clip'][0]} is not there")
-    (group,) = group_rows([[f"speaker:{recipe['labels'].get('speaker', row.id)}"]])
+    speaker = recipe["labels"].get("speaker", row.id)
     return Document(
         id=row.id,
         parts=(encoder.encode_file(path, "audio"), TextPart(text=recipe["transcript"])),
         source=source,
-        labels={**recipe["labels"], "kind": "speech", **group_labels(group)},
+        labels={**recipe["labels"], "kind": "speech", **own_group_labels(f"speaker:{speaker}")},
     )

@@ -22,9 +22,7 @@ from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.base import Row, require_folder
 from triweave.data_pipeline.sources.captions import find_picture, read_object
-from triweave.data_pipeline.sources.collected_parts import file_size
-from triweave.data_pipeline.sources.concepts import group_labels
-from triweave.data_pipeline.splits import group_rows
+from triweave.data_pipeline.sources.concepts import own_group_labels
 
 _QUESTIONS = re.compile(r"v2_OpenEnded_mscoco_(?P<subset>[\w-]+)_questions\.json")
 
@@ -53,7 +51,7 @@ class VqaSource:
     def document(self, row: Row, encoder: MediaEncoder) -> Document:
         """Make the document of one question."""
         recipe = row.recipe
-        (group,) = group_rows([[f"image:{recipe['picture'][0]}"]])
+        group = own_group_labels(f"image:{recipe['picture'][0]}")
         return Document(
             id=row.id,
             parts=(
@@ -62,7 +60,7 @@ class VqaSource:
                 TextPart(text=recipe["answer"], role="assistant"),
             ),
             source={"corpus": "vqa-v2"},
-            labels={"language": "en", "kind": "question", **recipe["labels"], **group_labels(group)},
+            labels={"language": "en", "kind": "question", **recipe["labels"], **group},
         )
 
     def _subset_rows(self, path: Path, subset: str) -> Iterator[Row]:
@@ -83,7 +81,7 @@ class VqaSource:
                 yield Row(id=document_id, failed=f"{name} is in neither {folder} nor images")
             else:
                 recipe = {
-                    "picture": [picture, file_size(self.root, picture)],
+                    "picture": picture,
                     "question": " ".join(str(question["question"]).split()),
                     "answer": str(note["multiple_choice_answer"]),
                     "labels": {

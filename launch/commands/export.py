@@ -22,9 +22,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from triweave.data_pipeline.errors import ExportError
 from triweave.data_pipeline.export.documents import read_documents
 from triweave.data_pipeline.export.registry import LAYOUTS
-from triweave.data_pipeline.export.target import whole_folder
+from triweave.data_pipeline.new_folder import new_folder
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.schema import Document
 from triweave.launch.progress import sample_progress
@@ -42,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Export and print."""
     manifest = Manifest.load(arguments.shards)
     damaged: list[str] = []
-    with whole_folder(arguments.out) as folder, sample_progress("exporting", manifest.samples) as advance:
+    with (
+        new_folder(arguments.out, ExportError) as (folder, _),
+        sample_progress("exporting", manifest.samples) as advance,
+    ):
         documents = _advancing(read_documents(manifest, damaged.append), advance)
         exported = LAYOUTS[arguments.to](documents, folder)
     for line in damaged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from triweave.data_pipeline.errors import FetchError, MediaError, SourceError
-from triweave.data_pipeline.fetch.packages import PackageCorpus
+from triweave.data_pipeline.fetch.packages import folder_corpus
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
 from triweave.data_pipeline.shards.schema import Document, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Source
@@ -287,9 +287,7 @@ def test_a_script_is_read_and_not_run() -> None:
 
 
 def test_a_corpus_of_packages_is_copied_from_an_unpacked_tree(game: Path, tmp_path: Path) -> None:
-    corpus = PackageCorpus(
-        name="game", packages=("p",), folder=PurePosixPath("usr/game"), wanted=("script/**/*.lua",), megabytes=1
-    )
+    corpus = folder_corpus("game", ("p",), "usr/game", ("script/**/*.lua",), megabytes=1)
     fetched = corpus.fetch(tmp_path / "out", game, lambda _: None)
     assert (fetched.corpus, fetched.files) == ("game", 6)
     assert not (tmp_path / "out" / "images").exists()

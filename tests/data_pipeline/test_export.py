@@ -102,7 +102,7 @@ def test_a_folder_in_use_is_refused_and_a_failed_export_leaves_nothing(
     shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["export", str(shards.root), "--to", "llava", "--out", str(shards.root)]) == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "holds something else; choose a new or an empty folder" in capsys.readouterr().err
     before = sorted(tmp_path.iterdir())
 
     def full(*_: object) -> int:
@@ -110,7 +110,7 @@ def test_a_folder_in_use_is_refused_and_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["export", str(shards.root), "--to", "obelics", "--out", str(tmp_path / "new")]) == 2
-    assert "(No space left on device); nothing is left behind" in capsys.readouterr().err
+    assert "No space left on device; nothing is left behind" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

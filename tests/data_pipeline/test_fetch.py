@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from triweave.data_pipeline.errors import FetchError
-from triweave.data_pipeline.fetch.asterisk import LANGUAGES, PACKAGES, fetch_asterisk
+from triweave.data_pipeline.fetch.asterisk import ASTERISK as CORPUS
+from triweave.data_pipeline.fetch.asterisk import LANGUAGES, PACKAGES
 from triweave.data_pipeline.fetch.debian import KNOWN_SHA256
 from triweave.data_pipeline.fetch.target import Fetched
 from triweave.data_pipeline.fetch.tuxpaint import fetch_tuxpaint
@@ -182,7 +183,7 @@ def test_a_package_member_of_negative_size_is_no_endless_loop(tmp_path: Path) ->
 def test_another_corpus_is_not_taken_for_ours(tmp_path: Path, deb: Path) -> None:
     run(tmp_path / "out", deb)
     with pytest.raises(FetchError, match="holds the corpus tuxpaint; choose another folder for asterisk"):
-        fetch_asterisk(tmp_path / "out", None, print)
+        CORPUS.fetch(tmp_path / "out", None, print)
 
 
 def asterisk_members(language: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -217,7 +218,7 @@ ASTERISK = {
 
 
 def run_asterisk(out: Path, given: Path | None, system: Path = NOWHERE) -> tuple[Fetched, dict[str, bytes]]:
-    fetched = fetch_asterisk(out, given, lambda _: None, system)
+    fetched = CORPUS.fetch(out, given, lambda _: None, system)
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")] == []
     return fetched, {name: content for name, content in files_below(out).items() if name != "fetched.json"}
 

@@ -143,6 +143,7 @@ def test_it_needs_torch_triton_and_numpy_only():
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # it is what `make test-gpu` has just done
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_the_suite_passes_on_this_device(tmp_path):
     assert device_suite.main(["--results", str(tmp_path)]) == 0

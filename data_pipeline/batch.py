@@ -106,7 +106,6 @@ class PackedBatch:
     sample_ids: per row, one `source:epoch:key:first_token:end_token` per document piece, with `:alone` behind it for
         one-span segments; fillers end in `:filler`.
     sample_hashes: per row, the xxh3 of each piece's tokens, in the order of sample_ids.
-    timings_ms: stage (`fetch`, `decode`, `pack`) -> milliseconds the worker spent.
     extra: whatever `post_pack` adds (tile tables).
     """
 
@@ -133,7 +132,6 @@ class PackedBatch:
     sample_ids: list[list[str]]
     sample_hashes: list[list[int]]
     segments: Segments = field(default_factory=Segments.none)
-    timings_ms: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from triweave.data_pipeline.errors import ConfigError, DataError
 from triweave.data_pipeline.media.geometry import MediaGeometry
@@ -17,6 +18,9 @@ MAX_SEQUENCE_LENGTH = 1 << 24
 """Longest pack; packing keeps a bit per token of room, and positions are int32."""
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 MAX_FOLDS = 1000
+MEDIA_BUDGETS = ("image_tokens", "images", "audio_ms", "encoder_cost")
+"""Budgets of a pack beside its tokens."""
+MAX_ENCODER_WEIGHT = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +30,10 @@ class SourceConfig:
     name: str
     """Name of the source in the plan, the ledger and the logs: [a-z0-9_-], at most 64 characters."""
     shards: str
-    """Folder with tars, indices and manifest.json, as `triweave build` writes it."""
+    """Folder with tars, indices and manifest.json, as `triweave build` writes it, or the s3://bucket/prefix that
+    `triweave push` copied it to."""
     weight: float = 1.0
-    """Share of this source in the samples (not in the tokens) drawn, relative to the other weights; above 0."""
+    """How much of this source is drawn, in the unit that data.weight_unit names; 0 leaves it out for now."""
     split: str | None = None
     """Take only samples whose `split` label is this: train, validation or test; None: all of them."""
     hold_out: str | None = None
@@ -40,8 +45,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         """Refuse weights, names and selections that no plan can use."""
         self._check_selection()
-        if not self.weight > 0 or self.weight == float("inf"):
-            raise ConfigError(f"data.sources.{self.name}.weight={self.weight}: must be above 0 and finite")
+        if not 0 <= self.weight < float("inf"):
+            raise ConfigError(f"data.sources.{self.name}.weight={self.weight}: must be 0 or more, and finite")
         if not SOURCE_NAME.fullmatch(self.name):
             raise ConfigError(f"data.sources name {self.name!r}: use 1 to 64 of a-z, 0-9, _ and -")
 
@@ -83,6 +88,11 @@ class PackingConfig:
     """Most pictures in a pack; None: sequence_length // 4, so only documents of a few tokens meet it."""
     audio_ms: int | None = None
     """Most milliseconds of audio in a pack; None: what sequence_length audio tokens last."""
+    encoder_cost: int | None = None
+    """Most work of the media encoders for a pack, the sum of encoder_weights x media tokens; None: whatever fits."""
+    encoder_weights: dict[str, float] = field(default_factory=dict)
+    """Modality -> work of its encoder for one media token, in tokens of the trunk; 1 for those that are not named. Part
+    of the estimated cost that rows are dealt to ranks by."""
     contrastive_group_rows: int = 64
     """Consecutive plan rows whose spans are each other's negatives; independent of ranks and micro-batches."""
     contrastive_share: float = 0.0
@@ -93,10 +103,15 @@ class PackingConfig:
         """Refuse caps below 1 and shares that are none."""
         if not 0 <= self.contrastive_share <= 1:
             raise ConfigError(f"data.packing.contrastive_share={self.contrastive_share}: must be from 0 to 1")
-        for name in ("image_tokens", "images", "audio_ms", "contrastive_group_rows"):
+        for name in (*MEDIA_BUDGETS, "contrastive_group_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.packing.{name}={value}: must be at least 1, or null for the default")
+        for name, weight in self.encoder_weights.items():
+            if not 0 <= weight <= MAX_ENCODER_WEIGHT:
+                raise ConfigError(
+                    f"data.packing.encoder_weights.{name}={weight}: must be from 0 to {MAX_ENCODER_WEIGHT:,}"
+                )
 
     def caps(self, sequence_length: int, geometry: MediaGeometry) -> dict[str, int]:
         """Return budget name -> cap of a pack of `sequence_length` tokens, `tokens` first."""
@@ -107,7 +122,48 @@ class PackingConfig:
             "image_tokens": self.image_tokens or sequence_length,
             "images": self.images or max(1, sequence_length // 4),
             "audio_ms": self.audio_ms or sequence_length * token_ms + window_ms,
+            "encoder_cost": self.encoder_cost
+            or math.ceil(sequence_length * max([1.0, *self.encoder_weights.values()])),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCaps:
+    """Most of each budget in all rows of a global step together; a step that would pass one has fewer rows."""
+
+    image_tokens: int | None = None
+    """Most image tokens in a step; None: whatever the rows hold."""
+    images: int | None = None
+    """Most pictures in a step; None: whatever the rows hold."""
+    audio_ms: int | None = None
+    """Most milliseconds of audio in a step; None: whatever the rows hold."""
+    encoder_cost: int | None = None
+    """Most work of the media encoders for a step, as in packing.encoder_cost; None: whatever the rows hold."""
+
+    @property
+    def set_caps(self) -> dict[str, int]:
+        """Budget name -> cap, of those that are set."""
+        return {name: value for name in MEDIA_BUDGETS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleEntry:
+    """A change of the plan at a step boundary; what it does not name stays as it was before."""
+
+    after_step: int
+    """Steps that the plan before this entry makes, counted from the start of the stream; at least 1."""
+    weights: dict[str, float] | None = None
+    """Source name -> new weight; 0 leaves a source out."""
+    sequence_length: int | None = None
+    """New length of a pack."""
+    image_tokens: int | None = None
+    """New packing.image_tokens."""
+    images: int | None = None
+    """New packing.images."""
+    audio_ms: int | None = None
+    """New packing.audio_ms."""
+    encoder_cost: int | None = None
+    """New packing.encoder_cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +180,14 @@ class DataConfig:
     """How pictures and sounds become tokens."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Budgets of a pack beside its tokens."""
+    batch_caps: BatchCaps = field(default_factory=BatchCaps)
+    """Budgets of a global step. Like the number of rows of a step they may change at a resume."""
+    weight_unit: Literal["samples", "tokens", "epochs"] = "samples"
+    """What the weights of the sources say: their shares of the samples drawn, their shares of the tokens drawn, or how
+    many epochs of each are drawn in one pass (0.5: every other pass a sample comes; 3: three times)."""
+    schedule: list[ScheduleEntry] = field(default_factory=list)
+    """Changes of weights, length and caps, each from a step on. Entries later than a checkpoint may be added or altered
+    when it is resumed."""
     block_samples: int = 65_536
     """Samples that are shuffled and packed together: more mixes better and costs each process memory, about 1 kB
     each."""
@@ -154,11 +218,71 @@ class DataConfig:
             raise ConfigError(f"data.corrupt_budget={self.corrupt_budget}: must be 0 or more, and finite")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"data.seed={self.seed}: must be in [0, 2**63)")
+        if not any(source.weight for source in self.sources):
+            raise ConfigError("data.sources: every source has weight=0; give at least one a weight above 0")
+        self._check_batch_caps()
+        self._check_schedule()
+
+    def _check_batch_caps(self) -> None:
+        for name, cap in self.batch_caps.set_caps.items():
+            if cap < self.caps[name]:
+                raise ConfigError(
+                    f"data.batch_caps.{name}={cap}: a single pack may hold {self.caps[name]}; raise it, or set "
+                    f"data.packing.{name} to {cap} or less"
+                )
+            if self.packing.contrastive_share:
+                raise ConfigError(
+                    f"data.batch_caps.{name} and data.packing.contrastive_share do not go together: shorter steps "
+                    "would cut contrastive groups; set one of them to null or 0"
+                )
+
+    def _check_schedule(self) -> None:
+        """Refuse entries out of order or of unknown sources; a segment that cannot be raises when it is made."""
+        names = [source.name for source in self.sources]
+        before = 0
+        for number, entry in enumerate(self.schedule):
+            prefix = f"data.schedule[{number}]"
+            if entry.after_step <= before:
+                raise ConfigError(
+                    f"{prefix}.after_step={entry.after_step}: must be above "
+                    f"{f'that of the entry before it, {before}' if number else '0'}"
+                )
+            before = entry.after_step
+            for name in entry.weights or {}:
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, n=1)
+                    hint = f"did you mean {near[0]}?" if near else f"sources: {', '.join(names)}"
+                    raise ConfigError(f"{prefix}.weights.{name}: data.sources has no such name; {hint}")
+        if self.schedule:
+            _ = self.segments
+
+    @property
+    def segments(self) -> tuple[DataConfig, ...]:
+        """The config of each plan segment, without a schedule: the first as written, then one for every entry."""
+        segments = [replace(self, schedule=[])]
+        for number, entry in enumerate(self.schedule):
+            try:
+                segments.append(_changed(segments[-1], entry))
+            except ConfigError as error:
+                raise ConfigError(f"data.schedule[{number}]: {error}") from None
+        return tuple(segments)
 
     @property
     def caps(self) -> dict[str, int]:
         """Budget name -> cap of one pack."""
         return self.packing.caps(self.sequence_length, self.geometry)
+
+
+def _changed(config: DataConfig, entry: ScheduleEntry) -> DataConfig:
+    """Return a config with the changes of one entry of its schedule."""
+    weights = entry.weights or {}
+    caps = {name: value for name in MEDIA_BUDGETS if (value := getattr(entry, name)) is not None}
+    return replace(
+        config,
+        sources=[replace(source, weight=weights.get(source.name, source.weight)) for source in config.sources],
+        sequence_length=config.sequence_length if entry.sequence_length is None else entry.sequence_length,
+        packing=replace(config.packing, **caps),
+    )
 
 
 def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
@@ -194,6 +318,10 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataCon
     return config
 
 
+LISTED: dict[str, type] = {"sources": SourceConfig, "schedule": ScheduleEntry}
+"""Keys that hold a list of mappings, and what each of these is."""
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping a YAML file holds. Raises ConfigError where there is none."""
     import yaml
@@ -222,9 +350,9 @@ def check_keys(owner: type, keys: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}.{key}: unknown key; {hint}")
         if is_dataclass(types[key]) and isinstance(types[key], type):
             check_keys(types[key], value, f"{prefix}.{key}")
-        elif key == "sources" and isinstance(value, list):
-            for number, source in enumerate(value):
-                check_keys(SourceConfig, source, f"{prefix}.sources[{number}]")
+        elif key in LISTED and isinstance(value, list):
+            for number, item in enumerate(value):
+                check_keys(LISTED[key], item, f"{prefix}.{key}[{number}]")
 
 
 def check_override(owner: type, item: str, prefix: str) -> None:

@@ -7,9 +7,12 @@ DataError
 ├── SourceError         a corpus, or an option of its source, cannot be used
 ├── FetchError          a corpus cannot be had
 ├── BuildError          the build cannot start or continue here
+├── RepairError         damaged shards cannot be repaired from what is given
 ├── MediaError          the bytes of a media item are damaged, too large, or of a kind that is not read
+│   └── BlockedMediaError  a blocklist names them
 ├── PromptError         a prompt or the file that holds prompts does not have the shape of one
 ├── ExportError         shards cannot be written where or as asked
+├── StorageError        an object store cannot be reached, refuses, or is not what it was asked for
 ├── TokenizerError      a tokenizer cannot be trained or used as asked
 ├── ConfigError         the data config asks for something that does not exist or cannot be
 ├── StateError          a saved stream state cannot be continued with this config
@@ -46,8 +49,16 @@ class BuildError(DataError):
     """The build cannot start or continue here."""
 
 
+class RepairError(DataError):
+    """Damaged shards cannot be repaired from the source and options that are given."""
+
+
 class MediaError(DataError):
     """The bytes of a media item are damaged, too large, or of a kind that is not read."""
+
+
+class BlockedMediaError(MediaError):
+    """A blocklist names the medium."""
 
 
 class PromptError(DataError):
@@ -56,6 +67,10 @@ class PromptError(DataError):
 
 class ExportError(DataError):
     """Shards cannot be written in the layout or to the place asked for."""
+
+
+class StorageError(DataError):
+    """An object store cannot be reached, refuses, or a URL or setting of one cannot be used."""
 
 
 class TokenizerError(DataError):

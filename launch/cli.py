@@ -20,8 +20,10 @@ COMMANDS = {
     "fetch": "get a corpus, without root and without changing the system",
     "build": "turn a corpus into WebDataset shards with a Parquet index and a ledger",
     "verify": "re-hash every shard and name every damaged shard, key and member",
-    "stats": "count samples, parts, bytes and durations of a shard folder",
+    "view": "look at shards in a browser: documents, media, tokens, packs with their attention",
+    "stats": "count samples, parts, bytes and durations of a shard folder, or make a page about its build",
     "export": "write shards in a layout that other tools read: OBELICS, LLaVA",
+    "push": "copy shards to an object store, s3://bucket/prefix",
     "tokenizer": "train a sentencepiece tokenizer on shards",
     "tokenize": "write the token-count sidecar that planning needs",
     "plan": "show what a config's packs look like: fill, rows, tokens per modality",
@@ -32,7 +34,7 @@ COMMANDS = {
     "report": "one self-contained HTML page about one run or several side by side",
     "generate": "let a trained model go on from pictures, sounds and text",
     "demo": "everything on small real corpora: fetch, build, train, kill, resume, evaluate, report",
-    "bench": "measure the loader, generation and the kernels against their peers",
+    "bench": "measure the loader, builds, generation and the kernels against their peers",
     "kernels": "compile, check, model and tune the Triton kernels",
 }
 

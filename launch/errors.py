@@ -5,7 +5,8 @@ LaunchError
 ├── PreflightError       what a run needs is not there, found before any process started
 ├── LauncherMissingError deepspeed or pdsh is not installed
 ├── DemoError            a stage of the demo failed
-└── ReportError          a report cannot be made of what is there
+├── ReportError          a report cannot be made of what is there
+└── ViewError            the viewer cannot start, or was asked for what there is not
 """
 
 
@@ -31,3 +32,7 @@ class DemoError(LaunchError):
 
 class ReportError(LaunchError):
     """A report cannot be made: a run without metrics, or a file of it that cannot be read."""
+
+
+class ViewError(LaunchError):
+    """The viewer cannot start here, or a page of it asks for what there is not."""

@@ -42,6 +42,8 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
     Raises DataError, PretrainError or PreflightError, each naming what is missing and the command that makes it.
     """
     from triweave.data_pipeline.shards.manifest import Manifest
+    from triweave.data_pipeline.storage.files import file_names
+    from triweave.data_pipeline.storage.location import shown
     from triweave.data_pipeline.text.token_counts import token_counts_path
     from triweave.data_pipeline.text.tokenizer import Tokenizer
 
@@ -49,22 +51,26 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     for source in config.data.sources:
         manifest = Manifest.load(source.shards)
-        _check_files(manifest)
+        names = file_names(manifest.root)
+        _check_files(manifest, names)
         for number in range(len(manifest.shards)):
             sidecar = token_counts_path(manifest, number, tokenizer.hash)
-            if not sidecar.is_file():
+            if sidecar.name not in names:
                 raise PreflightError(
-                    f"{sidecar}: no token counts of {config.data.tokenizer} for this shard; "
-                    f"run `triweave tokenize {manifest.root} --tokenizer {config.data.tokenizer}`"
+                    f"{shown(sidecar)}: no token counts of {config.data.tokenizer} for this shard; run `triweave "
+                    f"tokenize {manifest.location} --tokenizer {config.data.tokenizer}`"
                 )
 
 
-def _check_files(manifest: Manifest) -> None:
-    advice = f"restore it or build the shards again (triweave verify {manifest.root} checks all of them)"
+def _check_files(manifest: Manifest, names: dict[str, int]) -> None:
+    """Check the names and sizes of a folder's files. Raises PreflightError."""
+    from triweave.data_pipeline.storage.location import shown
+
+    advice = f"restore it or build the shards again (triweave verify {manifest.location} checks all of them)"
     for number, shard in enumerate(manifest.shards):
-        for path in (manifest.tar_path(number), manifest.index_path(number)):
-            if not path.is_file():
-                raise PreflightError(f"{path}: this shard file is missing; {advice}")
-        size_bytes = manifest.tar_path(number).stat().st_size
-        if size_bytes != shard.tar_bytes:
-            raise PreflightError(f"{manifest.tar_path(number)}: {size_bytes} bytes, not {shard.tar_bytes}; {advice}")
+        tar = manifest.tar_path(number)
+        for path in (tar, manifest.index_path(number)):
+            if path.name not in names:
+                raise PreflightError(f"{shown(path)}: this shard file is missing; {advice}")
+        if names[tar.name] != shard.tar_bytes:
+            raise PreflightError(f"{shown(tar)}: {names[tar.name]} bytes, not {shard.tar_bytes}; {advice}")

@@ -3,13 +3,14 @@
 A plan numbers its rows from 0 and every step takes the next global batch of them, so a run that was stopped, killed and
 resumed on any number of ranks has trained on rows 0, 1, 2, ... R-1, in this order, each in one step. That is what is
 checked, on the lineage of attempts that survived; what others trained on and a later one did again is compared with it,
-ids and token hashes. No shard, plan or checkpoint is opened.
+ids and token hashes. Where `data.schedule` changed the plan on the way, a document may be cut at other tokens, so its
+spans are compared by their tokens. No shard, plan or checkpoint is opened.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,8 @@ from triweave.pretrain.consumed import ConsumedRow, read_attempts, read_consumed
 
 FILLER = ":filler"
 """End of the id of a piece that could not be read and was trained on as zeros with no loss."""
+ALONE = ":alone"
+"""End of the id of a one-span segment, which repeats a part of its document on purpose."""
 NAMED = 5
 """Problems of one kind that are spelled out."""
 
@@ -28,7 +31,7 @@ class Audit:
 
     consumed: pieces (source, epoch, sample, token span) trained on. rows, steps: of the surviving lineage.
     lost: plan rows before the last one that no step trained on.
-    repeated: rows trained on by two steps, and pieces that are in two rows.
+    repeated: rows trained on by two steps, pieces that are in two rows, and pieces that share tokens with another one.
     skipped: rows that were left out on purpose; no part of Triweave does that yet.
     filled: pieces that were fillers. replayed: rows trained on again, after a kill, by the lineage that survived.
     order_equal: the rows came in the plan's order, and every replay, and `same_as`, had the same pieces in it.
@@ -70,6 +73,8 @@ def audit(run_dir: str | Path, same_as: str | Path | None = None) -> Audit:
     pieces = Counter(_piece(name) for row in rows for name in row.ids)
     copies = sorted(name for name, count in pieces.items() if count > 1)
     _tell(problems, "came more than once:", copies)
+    overlaps = _overlaps(pieces)
+    _tell(problems, "shares tokens with another piece:", overlaps)
     disordered = [late for early, late in pairwise(rows) if late.row < early.row]
     _tell(problems, "came after a later row: row", [row.row for row in disordered])
     survived = {row.row: row for row in rows}
@@ -87,7 +92,7 @@ def audit(run_dir: str | Path, same_as: str | Path | None = None) -> Audit:
         steps=len({row.step for row in rows}),
         consumed=pieces.total(),
         lost=len(lost),
-        repeated=len(twice) + len(copies),
+        repeated=len(twice) + len(copies) + len(overlaps),
         skipped=0,
         filled=sum(name.endswith(FILLER) for row in rows for name in row.ids),
         replayed=len({row.row for row in replays}),
@@ -100,6 +105,23 @@ def audit(run_dir: str | Path, same_as: str | Path | None = None) -> Audit:
 def _differing(rows: Sequence[ConsumedRow], wanted: dict[int, ConsumedRow]) -> list[int]:
     """Return the numbers of the rows whose pieces are not those of the wanted row of that number."""
     return sorted({row.row for row in rows if (row.ids, row.hashes) != (wanted[row.row].ids, wanted[row.row].hashes)})
+
+
+def _overlaps(names: Iterable[str]) -> list[str]:
+    """Return the pieces whose token span begins before that of another piece of their sample and epoch has ended."""
+    spans: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name in names:
+        if not name.endswith(ALONE):
+            sample, *span = name.rsplit(":", 2)
+            spans[sample].append((int(span[0]), int(span[1])))
+    found = []
+    for sample, held in spans.items():
+        reached = 0
+        for first, end in sorted(held):
+            if first < reached:
+                found.append(f"{sample}:{first}:{end}")
+            reached = max(reached, end)
+    return sorted(found)
 
 
 def _piece(name: str) -> str:

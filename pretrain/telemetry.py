@@ -3,6 +3,8 @@
     RUN/metrics.jsonl     one object per optimizer step, each step once: a resume removes the steps it does again
     RUN/tensorboard/      the same figures
 
+Of rank 0's loader each line has the figures of the latest steps as `loader` (`data_pipeline/stream/stalls.py`).
+
 A terminal gets one line that is redrawn, anything else a plain line every `train.log_every_steps` steps.
 """
 
@@ -19,6 +21,7 @@ import torch
 
 from triweave.data_pipeline.batch import TEXT_ID
 from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.stream.stalls import StallMeter, StepLoad
 from triweave.kernels.backends import choices
 from triweave.pretrain.zero import StepResult
 
@@ -90,12 +93,22 @@ def peak_memory_bytes() -> int:
 class Telemetry:
     """Writes a run's figures on rank 0; on other ranks every method does nothing."""
 
-    def __init__(self, run_dir: str | Path, *, rank: int, first_step: int, total_steps: int, every_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        rank: int,
+        first_step: int,
+        total_steps: int,
+        every_steps: int,
+        stalls: StallMeter,
+    ) -> None:
         """first_step: step that comes next; lines of that and later steps are removed from metrics.jsonl."""
         self._active = rank == 0
         if not self._active:
             return
         self._every_steps = every_steps
+        self._stalls = stalls
         path = Path(run_dir) / METRICS
         _keep_steps_before(path, first_step)
         self._file = path.open("a", encoding="utf-8")
@@ -106,14 +119,17 @@ class Telemetry:
         self._total_steps = total_steps
         self._told_choices = 0
 
-    def step(self, result: StepResult) -> None:
-        """Record a finished step, and say which kernels `auto` chose since the one before, and why."""
+    def step(self, result: StepResult, load: StepLoad) -> None:
+        """Record a finished step; say which kernels `auto` chose since the one before, and what rank 0 waits for."""
         if not self._active:
             return
         for choice in choices()[self._told_choices :]:
             self._told_choices += 1
             self.tell(f"kernels: {choice}")
-        metrics = step_metrics(result)
+        self._stalls.add(load, result.step_s)
+        if news := self._stalls.news():
+            self.tell(news)
+        metrics = step_metrics(result) | {"loader": self._stalls.figures()}
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         for name, value in _flat(metrics):

@@ -22,6 +22,7 @@ import torch
 
 from triweave.data_pipeline.errors import DataError
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
+from triweave.data_pipeline.stream.stalls import StallMeter
 from triweave.data_pipeline.stream.state import StreamState
 from triweave.kernels.errors import KernelError
 from triweave.pretrain.batch import kernel_tables
@@ -73,7 +74,7 @@ def train(config: RunConfig, *, resume: bool = False) -> None:
         for window, data_wait_s in _windows(loader, world, steps=config.train.steps - engine.step):
             result = engine.train_window(window.micro_batches, data_wait_s=data_wait_s)
             ledger.write(result.step, window.micro_batches)
-            telemetry.step(result)
+            telemetry.step(result, window.load)
             _kill_if_asked(result.step)
             stopping = world.agree(stop=bool(stop))
             if stopping or config.checkpoint.due(result.step, config.train.steps):
@@ -146,6 +147,7 @@ def _open_telemetry(config: RunConfig, engine: Engine) -> Telemetry:
         first_step=engine.step + 1,
         total_steps=config.train.steps,
         every_steps=config.train.log_every_steps,
+        stalls=StallMeter.of(config.data),
     )
 
 

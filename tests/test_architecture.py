@@ -19,8 +19,9 @@ ARROWS = {
 }
 """Folder -> folders of ours it may import beside itself."""
 
-CODEC_LIBRARIES = {"simplejpeg", "PIL", "soundfile", "soxr", "resvg_py"}
-CODEC_FILES = {"data_pipeline/media/images.py", "data_pipeline/media/audio.py"}
+OBJECT_STORE_FILE = "data_pipeline/storage/client.py"
+CODEC_LIBRARIES = {"simplejpeg", "PIL", "soundfile", "soxr", "resvg_py", "av"}
+CODEC_FILES = {f"data_pipeline/media/{name}.py" for name in ("images", "audio", "video")}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 LONGEST_FILE_LINES = 500
 
@@ -56,6 +57,8 @@ def violations(name: str, text: str) -> list[str]:
             found.append(f"{name} imports {module}: only *_triton.py may")
         elif top == "deepspeed" and folder != "pretrain":
             found.append(f"{name} imports {module}: only pretrain/ may")
+        elif top == "obstore" and name != OBJECT_STORE_FILE:
+            found.append(f"{name} imports {module}: only {OBJECT_STORE_FILE} may")
         elif top in CODEC_LIBRARIES and name not in CODEC_FILES:
             found.append(f"{name} imports {module}: only {sorted(CODEC_FILES)} may")
     return found
@@ -76,6 +79,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("kernels/attention.py", "import triton.language as tl"),
         ("launch/a.py", "def late():\n    import deepspeed"),
         ("data_pipeline/a.py", "from PIL import Image"),
+        ("data_pipeline/a.py", "import obstore"),
     ],
 )
 def test_the_rules_catch_a_violation(name: str, line: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from triweave.launch.cli import COMMANDS
 
-DATA_COMMANDS = ("fetch", "build", "verify", "stats", "tokenizer", "tokenize", "plan")
-HEAVY = ("torch", "deepspeed", "triton", "webdataset", "transformers")
+DATA_COMMANDS = ("fetch", "build", "push", "verify", "stats", "view", "tokenizer", "tokenize", "plan")
+HEAVY = ("torch", "deepspeed", "triton", "webdataset", "transformers", "obstore")
 HELP_SECONDS = 0.5
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
-from triweave.data_pipeline.shards.index import read_index
+from triweave.data_pipeline.shards.index import IndexRow, read_index
 from triweave.data_pipeline.shards.manifest import Manifest
-from triweave.data_pipeline.shards.schema import Document, MediaPart, Part, document_from_json
+from triweave.data_pipeline.shards.schema import Document
+from triweave.data_pipeline.shards.stored_documents import stored_document
 from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
+ASKED_AHEAD = 64
+"""Samples whose bytes are asked for ahead, where they are in an object store."""
 Damaged = Callable[[str], None]
 """Told of each sample that cannot be read, in one line."""
 
@@ -22,18 +24,13 @@ def read_documents(manifest: Manifest, damaged: Damaged) -> Iterator[tuple[str, 
     reader = ShardReader()
     for number in range(len(manifest.shards)):
         tar = str(manifest.tar_path(number))
-        for row in read_index(manifest, number).to_pylist():
+        rows = [IndexRow(**content) for content in read_index(manifest, number).to_pylist()]
+        for place, row in enumerate(rows):
+            if place % ASKED_AHEAD == 0:
+                reader.ask((tar, ahead.offset, ahead.size) for ahead in rows[place : place + 2 * ASKED_AHEAD])
             try:
-                sample = reader.read(tar, row["offset"], row["size"], row["xxh3"])
+                sample = reader.read(tar, row.offset, row.size, row.xxh3)
             except CorruptSampleError as error:
-                damaged(f"{tar}, {row['key']}: {error}")
+                damaged(f"{tar}, {row.key}: {error}")
                 continue
-            start = row["json_offset"] - row["offset"]
-            document = document_from_json(bytes(sample[start : start + row["json_size"]]))
-            parts: list[Part] = []
-            for part, place, size in zip(document.parts, row["part_offset"], row["part_size"], strict=True):
-                if isinstance(part, MediaPart):
-                    start = place - row["offset"]
-                    part = replace(part, data=bytes(sample[start : start + size]))
-                parts.append(part)
-            yield row["key"], replace(document, parts=tuple(parts))
+            yield row.key, stored_document(sample, row)

@@ -13,6 +13,7 @@ FRAME_MS = 20
 SILENCE_RMS = 10 ** (-50 / 20)
 """-50 dB of full scale."""
 FULL_SCALE = 0.999
+LEAST_RMS = 1e-6
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 """Luma weights of ITU-R BT.601."""
 
@@ -48,3 +49,12 @@ def silence_and_clipping(data: bytes, info: MediaInfo) -> tuple[float, float]:
     frames = whole.reshape(-1, frame) if len(whole) >= frame else whole[None]
     loudness = np.sqrt(np.mean(np.square(frames, dtype=np.float64), axis=1))
     return float(np.mean(loudness < SILENCE_RMS)), float(np.mean(np.abs(mono) >= FULL_SCALE))
+
+
+def level_db(data: bytes, info: MediaInfo) -> float:
+    """Return 20 log10 of the clip's root mean square, in dB of full scale; -120 at the least.
+
+    Raises MediaError where the bytes are damaged.
+    """
+    mono = audio.decode_mono(data, info.rate, expected=info)
+    return float(20 * np.log10(max(LEAST_RMS, np.sqrt(np.mean(np.square(mono, dtype=np.float64))))))

@@ -76,10 +76,7 @@ def decode_mono(data: bytes, rate_hz: int, *, expected: MediaInfo | None = None)
             mono = _read_mono(sound)
         if rate == rate_hz:
             return mono
-        resampled = soxr.resample(mono, rate, rate_hz)
-        if len(resampled) < length:
-            return np.pad(resampled, (0, length - len(resampled)))
-        return np.ascontiguousarray(resampled[:length])
+        return resample(mono, rate, rate_hz)
 
 
 def reencode_flac(data: bytes, rate_hz: int) -> bytes:
@@ -87,7 +84,20 @@ def reencode_flac(data: bytes, rate_hz: int) -> bytes:
 
     Raises MediaError as decode_mono does.
     """
-    mono = decode_mono(data, rate_hz)
+    return encode_flac(decode_mono(data, rate_hz), rate_hz)
+
+
+def resample(mono: Waveform, rate: int, target_rate_hz: int) -> Waveform:
+    """Return a waveform at another rate: float32 [resampled_length(samples, rate, target_rate_hz)]."""
+    length = resampled_length(len(mono), rate, target_rate_hz)
+    resampled = soxr.resample(mono, rate, target_rate_hz)
+    if len(resampled) < length:
+        return np.pad(resampled, (0, length - len(resampled)))
+    return np.ascontiguousarray(resampled[:length])
+
+
+def encode_flac(mono: Waveform, rate_hz: int) -> bytes:
+    """Return a waveform as 16-bit mono FLAC; what is beyond full scale is clipped."""
     whole = np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16)
     target = io.BytesIO()
     soundfile.write(target, whole, rate_hz, format="FLAC", subtype="PCM_16")

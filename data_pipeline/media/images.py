@@ -109,6 +109,16 @@ def reencode(data: bytes, max_side_px: int) -> tuple[bytes, str, str]:
     return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="444"), *_FORMATS["JPEG"]
 
 
+def encode_jpeg(pixels: Pixels, max_side_px: int | None = None) -> bytes:
+    """Return decoded RGB as JPEG, scaled down to a longer side of at most `max_side_px`; quality 90, 4:4:4."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, (max_side_px or width + height) / max(width, height))
+    size = (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
+    if size != (width, height):
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, _RESAMPLER, reducing_gap=_REDUCING_GAP))
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=JPEG_QUALITY, colorsubsampling="444")
+
+
 def render_svg(data: bytes, max_side_px: int) -> bytes:
     """Return an SVG drawing rendered to PNG, scaled so that its longer side is `max_side_px`; transparency stays.
 

@@ -1,25 +1,20 @@
 """Build shards from a source: parallel, resumable after a kill, and the same bytes whatever the number of workers.
 
-    rows (listed by the source, cheap)  ->  build order (keyed permutation)  ->  chunks of 256 rows
-    chunk -> spool, in worker processes, any order   |   spools -> shards, in this process, in build order
+    rows (listed by the source, cheap)  ->  build order (keyed permutation)  ->  chunks of 64 rows
+    chunk -> spool, by an engine's processes, any order   |   spools -> shards, in this process, in build order
 
 Everything unfinished lives in `OUT/.build`: the fingerprint of input and options, spools, markers of sealed shards.
-A run with the same fingerprint continues there; the finished folder holds no trace of how it came about.
+A run with the same fingerprint continues there; of how it came about the finished folder holds no trace but
+`throughput.json`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import multiprocessing
-import shutil
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,39 +25,39 @@ from triweave.data_pipeline.filters.options import FilterOptions
 from triweave.data_pipeline.media.audio import MAX_AUDIO_RATE_HZ, MIN_AUDIO_RATE_HZ
 from triweave.data_pipeline.media.images import MAX_IMAGE_SIDE_PX
 from triweave.data_pipeline.shards.assemble import Assembler, require_size
-from triweave.data_pipeline.shards.chunks import (
-    Chunk,
-    ChunkEncoder,
-    ChunkJob,
-    cut_chunks,
-    encode_in_worker,
-    is_complete,
-    read_chunk,
-    remove_chunk,
-    start_worker,
-)
+from triweave.data_pipeline.shards.chunks import Chunk, ChunkJob, chunk_seconds, cut_chunks, read_chunk, remove_chunk
+from triweave.data_pipeline.shards.earlier_build import EarlierBuild
+from triweave.data_pipeline.shards.engines.registry import ENGINES, EngineName
 from triweave.data_pipeline.shards.ledger import join_ledgers, read_ledger, reason_counts
 from triweave.data_pipeline.shards.manifest import (
     LEDGER_NAME,
     MANIFEST_NAME,
     Manifest,
     file_xxh3,
-    write_atomically,
     write_manifest,
 )
 from triweave.data_pipeline.shards.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.row_encoder import EncodedRow, RowPipeline
 from triweave.data_pipeline.shards.schema import document_key
+from triweave.data_pipeline.shards.steps import DocumentStep, NearDuplicates
+from triweave.data_pipeline.shards.throughput import Throughput, ThroughputMeter, write_throughput
+from triweave.data_pipeline.shards.work_folder import (
+    RETRIED_FOLDER,
+    check_fingerprint,
+    locked_finished_folder,
+    locked_work_folder,
+    prepare_retry,
+    put_in_place,
+    refuse_other,
+    remove_work_folder,
+)
 from triweave.data_pipeline.sources.base import Row, Source, listing_hash
-
-BUILD_FOLDER = ".build"
-_FINGERPRINT_NAME = "build.json"
-_LOCK_NAME = "lock"
-_CODECS = ("simplejpeg", "pillow", "soundfile", "soxr", "pyarrow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How shards are built. Only `workers` and `overwrite` leave the bytes alone."""
+    """How shards are built. `workers`, `engine`, `ray_address`, `overwrite` and `retry_failed` leave the bytes
+    alone."""
 
     media: MediaOptions = field(default_factory=MediaOptions)
     """Re-encoding of pictures and clips."""
@@ -72,12 +67,22 @@ class BuildOptions:
     """A shard is closed before it would pass this many tar bytes; a larger sample gets a shard of its own."""
     shuffle_seed: int | None = 0
     """Seed of the row order, which mixes shards; None keeps the listing's order."""
+    steps: tuple[DocumentStep, ...] = ()
+    """What is done to a document between the filters and the shard, in this order: scrub, then annotate."""
     deduplicate: bool = True
     """Leave out documents whose parts all equal those of an earlier one."""
+    near_duplicates: NearDuplicates | None = None
+    """Leave out documents that are nearly an earlier one; None keeps them."""
     workers: int = 1
-    """Encoding processes; with 1 this process does it."""
+    """Encoding processes; with 1 and the local engine this process does it."""
+    engine: EngineName = "local"
+    """Where rows are encoded: processes of this machine, or Ray."""
+    ray_address: str | None = None
+    """The Ray cluster; None starts Ray on this machine alone."""
     overwrite: bool = False
     """Remove the shards, finished or not, that are in the way."""
+    retry_failed: bool = False
+    """Build again what is finished there, encoding only the rows that failed; they alone may have changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,31 +106,95 @@ def build(
     After an interrupt or a kill the same call continues.
     """
     _check_options(options)
+    rows = list_rows(source)
+    fingerprint = build_fingerprint(source, options, rows)
+    if options.retry_failed:
+        return _retry(source, rows, out, options, fingerprint, on_progress)
+    finished = _finished(out, fingerprint, options.overwrite)
+    if finished is not None:
+        return finished
+    with locked_work_folder(out, options.overwrite) as work:
+        check_fingerprint(work, fingerprint)
+        manifest = _build_in(out, work, row_pipeline(source, options), rows, options, fingerprint, on_progress)
+        remove_work_folder(out)
+    return manifest
+
+
+def _retry(
+    source: Source,
+    rows: list[Row],
+    out: Path,
+    options: BuildOptions,
+    fingerprint: dict[str, Any],
+    on_progress: Callable[[BuildProgress], None] | None,
+) -> Manifest:
+    """Build beside the finished build, out of its results where it has them; then put the new one in its place."""
+    with locked_finished_folder(out) as work:
+        retried = work / RETRIED_FOLDER
+        if not (retried / MANIFEST_NAME).exists():
+            earlier = EarlierBuild.load(Manifest.load(out), row_pipeline(source, options))
+            refuse_other(
+                out, "finished", earlier.manifest.build | {"input_xxh3": fingerprint["input_xxh3"]}, fingerprint
+            )
+            earlier.require_same_listing(rows, build_order(rows, options.shuffle_seed))
+            inner = prepare_retry(retried, fingerprint)
+            _build_in(retried, inner, earlier.pipeline, rows, options, fingerprint, on_progress, earlier)
+        put_in_place(out, retried)
+        remove_work_folder(out)
+    return Manifest.load(out)
+
+
+def _build_in(
+    out: Path,
+    work: Path,
+    pipeline: RowPipeline,
+    rows: list[Row],
+    options: BuildOptions,
+    fingerprint: dict[str, Any],
+    on_progress: Callable[[BuildProgress], None] | None,
+    earlier: EarlierBuild | None = None,
+) -> Manifest:
+    """Build or continue in the folder `out`, whose work folder is ours."""
+    assembler = Assembler(
+        out,
+        work,
+        shard_size_bytes=options.shard_size_bytes,
+        deduplicate=options.deduplicate,
+        near=options.near_duplicates,
+    )
+    try:
+        job = ChunkJob(pipeline=pipeline, folder=work)
+        totals = _assemble_all(job, rows, options, assembler, on_progress, earlier)
+        write_throughput(out, totals)
+        return _write_manifest(out, assembler, fingerprint)
+    except OSError as error:  # bad input is a row of the ledger by now; this is the disk of the output
+        raise BuildError(
+            f"--out {out}: cannot go on ({error}): what is encoded is kept; make room, then run it again"
+        ) from None
+    finally:
+        assembler.close()
+
+
+def list_rows(source: Source) -> list[Row]:
+    """Return the listing of a source as a build sees it. Raises SourceError and BuildError where there is none."""
     try:
         rows = _reject_bad_ids(list(source.rows()))
     except OSError as error:
         raise SourceError(f"--input {source.root}: cannot be listed ({error}): make it readable") from None
     if not rows:
         raise BuildError(f"{source.root}: nothing to build from, the {source.name} source found no rows")
-    fingerprint = _fingerprint(source, options, rows)
-    finished = _finished(out, fingerprint, options.overwrite)
-    if finished is not None:
-        return finished
-    with _locked_work_folder(out, options.overwrite) as work:
-        _check_fingerprint(work, fingerprint)
-        job = ChunkJob(source=source, media=options.media, filters=options.filters, folder=work)
-        assembler = Assembler(out, work, shard_size_bytes=options.shard_size_bytes, deduplicate=options.deduplicate)
-        try:
-            _assemble_all(job, rows, options, assembler, on_progress)
-            manifest = _write_manifest(out, assembler, fingerprint)
-        except OSError as error:  # bad input is a row of the ledger by now; this is the disk of the output
-            raise BuildError(
-                f"--out {out}: cannot go on ({error}): what is encoded is kept; make room, then run it again"
-            ) from None
-        finally:
-            assembler.close()
-        _remove_work_folder(out)
-    return manifest
+    return rows
+
+
+def row_pipeline(source: Source, options: BuildOptions) -> RowPipeline:
+    """Return what makes a sample of a row of `source`."""
+    return RowPipeline(
+        source=source,
+        media=options.media,
+        filters=options.filters,
+        steps=options.steps,
+        near_duplicates=options.near_duplicates,
+    )
 
 
 def build_order(rows: list[Row], seed: int | None) -> list[int]:
@@ -140,6 +209,8 @@ def build_order(rows: list[Row], seed: int | None) -> list[int]:
 
 
 def _check_options(options: BuildOptions) -> None:
+    if options.retry_failed and options.overwrite:
+        raise BuildError("--retry-failed keeps what is there, --overwrite removes it: give one of them")
     for name, value, least, most in (
         ("--workers", options.workers, 1, None),
         ("--shard-size-mb in bytes", options.shard_size_bytes, 1, None),
@@ -151,6 +222,8 @@ def _check_options(options: BuildOptions) -> None:
             raise BuildError(f"{name} {value}: must be at least {least}")
         if value is not None and most is not None and value > most:
             raise BuildError(f"{name} {value}: must be at most {most}")
+    if options.ray_address is not None and options.engine != "ray":
+        raise BuildError(f"--ray-address {options.ray_address}: belongs to --engine ray, not to {options.engine}")
 
 
 def _reject_bad_ids(rows: list[Row]) -> list[Row]:
@@ -168,7 +241,8 @@ def _reject_bad_ids(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _fingerprint(source: Source, options: BuildOptions, rows: list[Row]) -> dict[str, Any]:
+def build_fingerprint(source: Source, options: BuildOptions, rows: list[Row]) -> dict[str, Any]:
+    """Return all that decides the bytes of a build, as the manifest holds it."""
     return {
         "source": source.name,
         "source_options": source.options,
@@ -177,6 +251,8 @@ def _fingerprint(source: Source, options: BuildOptions, rows: list[Row]) -> dict
         "shard_size_bytes": options.shard_size_bytes,
         "shuffle_seed": options.shuffle_seed,
         "deduplicate": options.deduplicate,
+        **({"steps": {step.name: step.options for step in options.steps}} if options.steps else {}),
+        **({"near_duplicates": near.options} if (near := options.near_duplicates) is not None else {}),
         "input_rows": len(rows),
         "input_xxh3": listing_hash(rows),
     }
@@ -187,93 +263,11 @@ def _finished(out: Path, fingerprint: dict[str, Any], overwrite: bool) -> Manife
     if overwrite or not (out / MANIFEST_NAME).exists():
         return None
     manifest = Manifest.load(out)
-    _refuse_other(out, "finished", manifest.build, fingerprint)
+    refuse_other(out, "finished", manifest.build, fingerprint)
     for shard in manifest.shards:
         require_size(out, shard)
-    _remove_work_folder(out)  # a kill between the manifest and the clean-up leaves it
+    remove_work_folder(out)  # a kill between the manifest and the clean-up leaves it
     return manifest
-
-
-def _remove_work_folder(out: Path) -> None:
-    """Take `OUT/.build` out of reach, then delete it: a worker of a killed build may live a moment longer, and write.
-
-    What cannot be deleted is no part of the finished folder; the next run tries again.
-    """
-    removed = out / f"{BUILD_FOLDER}-removed"
-    with suppress(OSError):
-        if removed.exists():
-            shutil.rmtree(removed)
-        if (out / BUILD_FOLDER).exists():
-            (out / BUILD_FOLDER).rename(removed)
-            shutil.rmtree(removed)
-
-
-def _refuse_other(out: Path, state: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [
-        f"{name} {there.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in dict.fromkeys([*wanted, *there])
-        if there.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise BuildError(
-            f"{out} holds a {state} build of something else ({'; '.join(different)}): choose another --out, or "
-            "--overwrite"
-        )
-
-
-@contextmanager
-def _locked_work_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Make or take over `OUT/.build`, one process at a time; the lock falls with the process."""
-    work = out / BUILD_FOLDER
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"--out {out}: is not a folder")
-    if _holds_other_files(out, work) and not (overwrite and (out / MANIFEST_NAME).exists()):
-        raise BuildError(f"--out {out}: holds other files; choose an empty or a new folder")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"--out {out}: cannot be written ({error.strerror})") from None
-    with open(work / _LOCK_NAME, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(
-                f"--out {out}: another process builds there; wait for it or choose another folder"
-            ) from None
-        if overwrite:
-            _remove_build(out, work)
-        yield work
-
-
-def _holds_other_files(out: Path, work: Path) -> bool:
-    """Return whether `out` holds anything while no build began there; the `.build` of another tool is not ours."""
-    if not out.is_dir() or (work / _LOCK_NAME).is_file():
-        return False
-    # A build killed in its first moment leaves an empty work folder.
-    return any(path != work or not path.is_dir() or any(path.iterdir()) for path in out.iterdir())
-
-
-def _remove_build(out: Path, work: Path) -> None:
-    """Remove everything a build writes, the manifest first: without it nobody takes the rest for whole."""
-    (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in (*out.glob("shard-*.tar*"), *out.glob("shard-*.parquet*"), out / LEDGER_NAME):
-        path.unlink(missing_ok=True)
-    for path in work.iterdir():
-        if path.name != _LOCK_NAME:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _check_fingerprint(work: Path, fingerprint: dict[str, Any]) -> None:
-    """Record what is built in this work folder, or refuse to mix it with something else.
-
-    Codec versions count here, because a half-built folder must not mix their outputs; a finished one is just data.
-    """
-    wanted = fingerprint | {"codecs": {name: version(name) for name in _CODECS}}
-    path = work / _FINGERPRINT_NAME
-    if path.exists():
-        _refuse_other(work.parent, "half-finished", json.loads(path.read_bytes()), wanted)
-    else:
-        write_atomically(path, json.dumps(wanted).encode())
 
 
 def _assemble_all(
@@ -282,10 +276,13 @@ def _assemble_all(
     options: BuildOptions,
     assembler: Assembler,
     on_progress: Callable[[BuildProgress], None] | None,
-) -> None:
+    earlier: EarlierBuild | None,
+) -> Throughput:
     order = build_order(rows, options.shuffle_seed)
     resume_row = assembler.sealed_rows
-    chunks = (chunk for chunk in cut_chunks(rows, order) if chunk.end_row > resume_row)
+    settled = earlier.settled() if earlier is not None else frozenset()
+    chunks = (chunk for chunk in cut_chunks(rows, order, settled) if chunk.end_row > resume_row)
+    results: Iterator[EncodedRow] | None = None
     spooled: deque[Chunk] = deque()
 
     def report() -> None:
@@ -294,59 +291,25 @@ def _assemble_all(
             on_progress(BuildProgress(rows_done=assembler.rows_done, rows_total=len(rows), shards=shards))
 
     report()
-    with closing(_encoded(job, chunks, options.workers)) as encoded:
+    meter = ThroughputMeter(job.folder, options.engine, options.workers)
+    engine = ENGINES[options.engine](workers=options.workers, address=options.ray_address)
+    with closing(engine.encoded(job, chunks)) as encoded:
         for chunk in encoded:
-            for position, (row, sample) in enumerate(read_chunk(job, chunk), start=chunk.start_row):
+            start = time.perf_counter()
+            if earlier is not None and results is None:
+                results = earlier.results(chunk.start_row)
+            for position, row in enumerate(read_chunk(job, chunk, results), start=chunk.start_row):
                 if position >= resume_row:
-                    assembler.add(row, sample)
+                    assembler.add(row)
+            write_s = time.perf_counter() - start
+            meter.chunk_done(chunk.number, len(chunk.undecided.rows), chunk_seconds(job, chunk.number), write_s)
             spooled.append(chunk)
             while spooled and spooled[0].end_row <= assembler.sealed_rows:
                 remove_chunk(job, spooled.popleft().number)
             report()
     assembler.seal()
-
-
-def _encoded(job: ChunkJob, chunks: Iterator[Chunk], workers: int) -> Generator[Chunk, None, None]:
-    """Yield the chunks in order, each once its files are there."""
-    if workers == 1:
-        encoder = ChunkEncoder(job)
-        for chunk in chunks:
-            if not is_complete(job, chunk.number):
-                encoder.encode(chunk)
-            yield chunk
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads of pyarrow and of the progress display
-    stop = context.Event()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(job, stop))
-    try:
-        yield from _encoded_by_pool(pool, job, chunks, ahead=2 * workers)
-    except BrokenProcessPool:
-        raise BuildError(
-            "a build worker was killed (out of memory?): nothing finished is lost; run the same command again, with "
-            "fewer --workers"
-        ) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encoded_by_pool(pool: ProcessPoolExecutor, job: ChunkJob, chunks: Iterator[Chunk], ahead: int) -> Iterator[Chunk]:
-    """Keep `ahead` chunks in work: bounds the spools that wait for an earlier one."""
-    pending: deque[tuple[Chunk, Future[None] | None]] = deque()
-    for chunk in chunks:
-        future = None if is_complete(job, chunk.number) else pool.submit(encode_in_worker, chunk.undecided)
-        pending.append((chunk, future))
-        if len(pending) > ahead:
-            yield _wait_for(*pending.popleft())
-    while pending:
-        yield _wait_for(*pending.popleft())
-
-
-def _wait_for(chunk: Chunk, future: Future[None] | None) -> Chunk:
-    if future is not None:
-        future.result()
-    return chunk
+    meter.totals.tar_bytes = sum(entry.tar_bytes for entry in assembler.entries)
+    return meter.totals
 
 
 def _write_manifest(out: Path, assembler: Assembler, fingerprint: dict[str, Any]) -> Manifest:

@@ -8,31 +8,27 @@ but cost no encoding.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
-from triweave.data_pipeline.filters.apply import filtered
-from triweave.data_pipeline.filters.options import FilterOptions
 from triweave.data_pipeline.shards.index import IndexRow
 from triweave.data_pipeline.shards.ledger import LedgerRow
 from triweave.data_pipeline.shards.manifest import file_xxh3
-from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
-from triweave.data_pipeline.shards.schema import content_hash, document_key
-from triweave.data_pipeline.shards.writer import EncodedSample, encode_sample
-from triweave.data_pipeline.sources.base import FilteredError, Row, Source
-from triweave.data_pipeline.worker_process import prepare_worker
+from triweave.data_pipeline.shards.row_encoder import EncodedRow, RowEncoder, RowPipeline, decided_row
+from triweave.data_pipeline.shards.writer import EncodedSample
+from triweave.data_pipeline.sources.base import Row
 
-CHUNK_ROWS = 256
-_REASON_CHARACTERS = 300
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+CHUNK_ROWS = 64
+"""Few enough that two hundred documents of a dozen clips each keep four processes busy; no byte depends on it."""
 
 
 class StoppedError(Exception):
@@ -45,11 +41,13 @@ class Chunk:
 
     start_row: position of the first in the build order.
     rows: each with its number in the listing.
+    settled: numbers of those whose result an earlier build gives.
     """
 
     number: int
     start_row: int
     rows: tuple[tuple[int, Row], ...]
+    settled: frozenset[int] = frozenset()
 
     @property
     def end_row(self) -> int:
@@ -59,16 +57,15 @@ class Chunk:
     @property
     def undecided(self) -> Chunk:
         """Return the chunk with only the rows that a worker must look at."""
-        return replace(self, rows=tuple(item for item in self.rows if not item[1].is_decided))
+        open_rows = (item for item in self.rows if not item[1].is_decided and item[0] not in self.settled)
+        return replace(self, rows=tuple(open_rows), settled=frozenset())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkJob:
-    """All a process needs to encode chunks: the source, the media options, the filters and the folder of spools."""
+    """All a process needs to encode chunks: what makes a sample of a row, and the folder of spools."""
 
-    source: Source
-    media: MediaOptions
-    filters: FilterOptions
+    pipeline: RowPipeline
     folder: Path
 
     def spool_path(self, number: int) -> Path:
@@ -81,65 +78,57 @@ class ChunkJob:
 
 
 class ChunkEncoder:
-    """Encode chunks in one process."""
+    """Encode chunks in one process, into the folder of spools."""
 
     def __init__(self, job: ChunkJob, stop: Event | None = None) -> None:
         cache_folder = job.folder / "media"
         cache_folder.mkdir(exist_ok=True)  # no parents: a worker of a killed build must not bring them back
         self._job = job
-        root = job.source.root
-        self._place = f"{root if root.is_dir() else root.parent}{os.sep}"  # where a corpus lies is not in its ledger
-        self._media = MediaEncoder(job.media, cache_folder)
+        self._rows = RowEncoder(job.pipeline, cache_folder)
         self._stop = stop
 
     def encode(self, chunk: Chunk) -> None:
         """Write the two files of a chunk's undecided rows. Raises StoppedError between rows after an interrupt."""
-        spool, entries = self._job.spool_path(chunk.number), self._job.entries_path(chunk.number)
-        temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (spool, entries)]
-        contents: list[dict[str, Any]] = []
-        digest = xxhash.xxh3_64()
-        try:
-            with open(temporary[0], "wb") as file:
-                for number, row in chunk.undecided.rows:
-                    if self._stop is not None and self._stop.is_set():
-                        raise StoppedError
-                    ledger_row, sample = self._encode_row(number, row)
-                    contents.append({"ledger": vars(ledger_row), "index": sample and vars(sample.row)})
-                    if sample is not None:
-                        file.write(sample.data)
-                        digest.update(sample.data)
-            temporary[1].write_text(json.dumps({"xxh3": digest.hexdigest(), "rows": contents}), encoding="utf-8")
-            temporary[0].replace(spool)
-            temporary[1].replace(entries)
-        finally:
-            for path in temporary:
-                path.unlink(missing_ok=True)
-
-    def _encode_row(self, number: int, row: Row) -> tuple[LedgerRow, EncodedSample | None]:
-        try:
-            document = filtered(self._job.source.document(row, self._media), self._job.filters)
-            sample = encode_sample(document_key(row.id), document)
-            content = content_hash(document.parts)
-        except FilteredError as why:
-            return LedgerRow(row=number, id=row.id, status="filtered", reason=_one_line(str(why))), None
-        except Exception as error:  # one bad row of a million must not end a build; the ledger names it
-            reason = _one_line(f"{type(error).__name__}: {error}".replace(self._place, ""))
-            return LedgerRow(row=number, id=row.id, status="failed", reason=reason), None
-        kept = LedgerRow(
-            row=number,
-            id=row.id,
-            status="kept",
-            reason=_one_line(document.left_out),
-            key=sample.row.key,
-            content_xxh3=content,
-        )
-        return kept, sample
+        with _chunk_files(self._job, chunk.number) as (spool, entries), open(spool, "wb") as file:
+            entries.write_bytes(encode_rows(self._rows, chunk, file, self._stop))
 
 
-def _one_line(reason: str) -> str:
-    """Return a reason as one line without memory addresses, which would make two equal builds differ."""
-    line = _ADDRESS.sub("", " ".join(reason.split()))
-    return line[:_REASON_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+def encode_rows(encoder: RowEncoder, chunk: Chunk, spool: BinaryIO, stop: Event | None = None) -> bytes:
+    """Write the samples of a chunk's undecided rows to `spool` and return the bytes of its entries file."""
+    contents: list[dict[str, Any]] = []
+    digest = xxhash.xxh3_64()
+    for number, row in chunk.undecided.rows:
+        if stop is not None and stop.is_set():
+            raise StoppedError
+        encoded = encoder.encode(number, row)
+        entry = {"ledger": vars(encoded.ledger), "index": encoded.sample and vars(encoded.sample.row)}
+        contents.append(entry | {"signature": base64.b64encode(encoded.signature).decode()})
+        if encoded.sample is not None:
+            spool.write(encoded.sample.data)
+            digest.update(encoded.sample.data)
+    whole = {"xxh3": digest.hexdigest(), "seconds": encoder.clock.take(), "rows": contents}
+    return json.dumps(whole).encode()
+
+
+def store_chunk(job: ChunkJob, number: int, spool: bytes, entries: bytes) -> None:
+    """Write the two files of a chunk that was encoded elsewhere."""
+    with _chunk_files(job, number) as (spool_path, entries_path):
+        spool_path.write_bytes(spool)
+        entries_path.write_bytes(entries)
+
+
+@contextmanager
+def _chunk_files(job: ChunkJob, number: int) -> Iterator[tuple[Path, Path]]:
+    """Yield the paths to write spool and entries to; they take their names together, the entries last."""
+    finals = (job.spool_path(number), job.entries_path(number))
+    spool, entries = (path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in finals)
+    try:
+        yield spool, entries
+        spool.replace(finals[0])
+        entries.replace(finals[1])
+    finally:
+        for path in (spool, entries):
+            path.unlink(missing_ok=True)
 
 
 def is_complete(job: ChunkJob, number: int) -> bool:
@@ -151,26 +140,35 @@ def is_complete(job: ChunkJob, number: int) -> bool:
         return False
 
 
-def read_chunk(job: ChunkJob, chunk: Chunk) -> Iterator[tuple[LedgerRow, EncodedSample | None]]:
-    """Yield each row of a complete chunk, with its sample if it became one."""
+def read_chunk(job: ChunkJob, chunk: Chunk, earlier: Iterator[EncodedRow] | None = None) -> Iterator[EncodedRow]:
+    """Yield each row of a complete chunk, with its sample if it became one.
+
+    earlier: what an earlier build made of this chunk's rows, of every one in order; the settled rows are taken from it.
+    """
     encoded = iter(json.loads(job.entries_path(chunk.number).read_bytes())["rows"])
     with open(job.spool_path(chunk.number), "rb") as spool:
         for number, row in chunk.rows:
+            before = next(earlier) if earlier is not None else None
             if row.is_decided:
-                yield _decided_row(number, row), None
-                continue
-            content = next(encoded)
-            sample = None
-            if content["index"] is not None:
-                index_row = IndexRow(**content["index"])
-                sample = EncodedSample(data=spool.read(index_row.size), row=index_row)
-            yield LedgerRow(**content["ledger"]), sample
+                yield EncodedRow(ledger=decided_row(number, row))
+            elif before is not None and number in chunk.settled:
+                yield before
+            else:
+                yield _read_row(spool, next(encoded))
 
 
-def _decided_row(number: int, row: Row) -> LedgerRow:
-    if row.failed is not None:
-        return LedgerRow(row=number, id=row.id, status="failed", reason=_one_line(row.failed))
-    return LedgerRow(row=number, id=row.id, status="filtered", reason=_one_line(str(row.filtered)))
+def _read_row(spool: BinaryIO, content: dict[str, Any]) -> EncodedRow:
+    sample = None
+    if content["index"] is not None:
+        index_row = IndexRow(**content["index"])
+        sample = EncodedSample(data=spool.read(index_row.size), row=index_row)
+    signature = base64.b64decode(content["signature"])
+    return EncodedRow(ledger=LedgerRow(**content["ledger"]), sample=sample, signature=signature)
+
+
+def chunk_seconds(job: ChunkJob, number: int) -> dict[str, float]:
+    """Return stage -> seconds that the rows of a complete chunk took its worker."""
+    return dict(json.loads(job.entries_path(number).read_bytes())["seconds"])
 
 
 def remove_chunk(job: ChunkJob, number: int) -> None:
@@ -179,29 +177,14 @@ def remove_chunk(job: ChunkJob, number: int) -> None:
     job.spool_path(number).unlink(missing_ok=True)
 
 
-def cut_chunks(rows: Sequence[Row], order: Sequence[int]) -> Iterator[Chunk]:
+def cut_chunks(rows: Sequence[Row], order: Sequence[int], settled: Container[int] = frozenset()) -> Iterator[Chunk]:
     """Yield the chunks of rows taken in `order`: each ends at its CHUNK_ROWS-th undecided row, or with the rows."""
     number = start_row = undecided = 0
     chosen: list[tuple[int, Row]] = []
     for position, index in enumerate(order):
         chosen.append((index, rows[index]))
-        undecided += not rows[index].is_decided
+        undecided += not rows[index].is_decided and index not in settled
         if undecided == CHUNK_ROWS or position + 1 == len(order):
-            yield Chunk(number=number, start_row=start_row, rows=tuple(chosen))
+            known = frozenset(at for at, _ in chosen if at in settled)
+            yield Chunk(number=number, start_row=start_row, rows=tuple(chosen), settled=known)
             number, start_row, undecided, chosen = number + 1, position + 1, 0, []
-
-
-_encoder: ChunkEncoder | None = None
-
-
-def start_worker(job: ChunkJob, stop: Event) -> None:
-    """Prepare a worker process."""
-    global _encoder
-    prepare_worker()
-    _encoder = ChunkEncoder(job, stop)
-
-
-def encode_in_worker(chunk: Chunk) -> None:
-    """Encode a chunk in a prepared worker process."""
-    assert _encoder is not None, "start_worker was not called"
-    _encoder.encode(chunk)

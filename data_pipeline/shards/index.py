@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from triweave.data_pipeline.errors import ShardDamagedError, ShardMissingError
-from triweave.data_pipeline.shards.manifest import Manifest, file_xxh3
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.storage.files import read_file
+from triweave.data_pipeline.storage.location import shown
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -39,7 +42,7 @@ INDEX_SCHEMA = pa.schema(
 class IndexRow:
     """One sample of a shard.
 
-    labels: JSON text.
+    labels: JSON text, without the annotations (`schema.index_labels`).
     offset, size: byte range of the whole sample in the tar, first header to the end of the last member's padding.
     xxh3: xxh3_64 of exactly that range.
     json_offset, json_size: byte range of the JSON itself, absolute in the tar.
@@ -90,12 +93,15 @@ def read_index(manifest: Manifest, shard_number: int, columns: Sequence[str] | N
     Raises ShardMissingError when the file is gone and ShardDamagedError when its bytes are not the ones the manifest
     names: Parquet has no checksum of its own, and one wrong number would make another plan.
     """
-    path = manifest.index_path(shard_number)
-    advice = f"run `triweave verify {manifest.root}`"
+    path = shown(manifest.index_path(shard_number))
+    xxh3 = manifest.shards[shard_number].index_xxh3
+    advice = f"run `triweave verify {manifest.location}`"
     try:
-        if file_xxh3(path) != manifest.shards[shard_number].index_xxh3:
+        data = read_file(path, xxh3)
+        if xxhash.xxh3_64_hexdigest(data) != xxh3:
             raise ShardDamagedError(f"{path} is damaged (not the bytes that were written): {advice}")
-        table = pq.ParquetFile(path).read(None if columns is None else list(columns), use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        table = file.read(None if columns is None else list(columns), use_threads=False)
     except FileNotFoundError:
         raise ShardMissingError(f"{path} is missing: restore it, or build the shards again") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from triweave.data_pipeline.storage.files import read_file
+
 RowStatus = Literal["kept", "filtered", "failed", "duplicate"]
 STATUSES: tuple[RowStatus, ...] = get_args(RowStatus)
 
@@ -30,6 +32,7 @@ LEDGER_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("key", pa.string()),
         ("content_xxh3", pa.string()),
+        ("input_xxh3", pa.string()),
     ]
 )
 
@@ -39,6 +42,7 @@ class LedgerRow:
     """One row of input: `row` counts from 0 in listing order, strings that do not apply are empty.
 
     content_xxh3: hash of the parts (`schema.content_hash`), of kept and duplicate rows.
+    input_xxh3: hash of the row as it was listed (`sources.base.row_hash`).
     """
 
     row: int
@@ -49,6 +53,7 @@ class LedgerRow:
     shard: str = ""
     key: str = ""
     content_xxh3: str = ""
+    input_xxh3: str = ""
 
 
 def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
@@ -57,8 +62,13 @@ def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
 
 
 def read_ledger(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a ledger as a table."""
-    return pq.read_table(path, columns=None if columns is None else list(columns))
+    """Return a ledger as a table.
+
+    Without threads: those of `pq.read_table` made one process in twenty abort at its exit on a busy machine, after all
+    its work (apache/arrow issue 34314).
+    """
+    file = pq.ParquetFile(pa.BufferReader(read_file(path)))
+    return file.read(None if columns is None else list(columns), use_threads=False)
 
 
 def join_ledgers(pieces: Iterable[Path], path: Path) -> dict[str, int]:
@@ -82,7 +92,7 @@ def count_statuses(ledger: pa.Table) -> dict[str, int]:
 def reason_counts(ledger: pa.Table, limit: int = 20) -> list[dict[str, Any]]:
     """Return the most frequent (status, reason, rows) of rows that were not kept, at most `limit`."""
     left_out = ledger.filter(pc.not_equal(ledger["status"], "kept"))
-    grouped = left_out.group_by(["status", "reason"]).aggregate([("row", "count")])
+    grouped = left_out.group_by(["status", "reason"], use_threads=False).aggregate([("row", "count")])
     ordered = grouped.sort_by([("row_count", "descending"), ("status", "ascending"), ("reason", "ascending")])
     return [
         {"status": item["status"], "reason": item["reason"], "rows": item["row_count"]}

@@ -13,6 +13,8 @@ from typing import Any
 import xxhash
 
 from triweave.data_pipeline.errors import DataError
+from triweave.data_pipeline.storage.files import read_file
+from triweave.data_pipeline.storage.location import is_remote, object_location, shown
 
 MANIFEST_NAME = "manifest.json"
 LEDGER_NAME = "ledger.parquet"
@@ -36,6 +38,7 @@ class ShardEntry:
 class Manifest:
     """A finished folder of shards.
 
+    root: the folder; where it is remote, a path that `data_pipeline.storage` reads and that is no file of this machine.
     rows: how many input rows were `kept`, `filtered`, `failed` and `duplicate`; kept equals `samples`.
     ledger_xxh3: xxh3_64 of `ledger.parquet` in hex.
     build: source, options and input fingerprint of the build, for provenance; no part of `hash`.
@@ -51,6 +54,11 @@ class Manifest:
     def hash(self) -> str:
         """Return xxh3_128 (hex) of the shard entries: the same wherever the folder lies."""
         return _entries_hash(self.shards)
+
+    @property
+    def location(self) -> str:
+        """Return the folder as a user writes it, for messages."""
+        return shown(self.root)
 
     @property
     def samples(self) -> int:
@@ -76,24 +84,29 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:
-        """Read the manifest of a shard folder.
+        """Read the manifest of a shard folder, here or at `s3://bucket/prefix`.
 
         Raises DataError when the folder or its manifest is missing, not JSON, of another version, or altered.
         """
         root = Path(folder)
-        if not root.is_dir():
-            raise DataError(f"no shard folder at {root}: build one with `triweave build --out {root} ...`")
-        path = root / MANIFEST_NAME
+        if is_remote(root):
+            object_location(root)
+            advice = f"push shards there with `triweave push SHARDS {shown(root)}`, or start that again to finish it"
+        else:
+            advice = "the build did not finish; run it again"
+            if not root.is_dir():
+                raise DataError(f"no shard folder at {root}: build one with `triweave build --out {root} ...`")
+        path = shown(root / MANIFEST_NAME)
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(bytes(read_file(path)))
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: the build did not finish; run it again") from None
+            raise DataError(f"{path} is missing: {advice}") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): restore it, or build the shards again") from None
         return cls._from_content(root, path, content)
 
     @classmethod
-    def _from_content(cls, root: Path, path: Path, content: Any) -> Manifest:
+    def _from_content(cls, root: Path, path: str, content: Any) -> Manifest:
         try:
             version = content["v"]
             if version != MANIFEST_VERSION:

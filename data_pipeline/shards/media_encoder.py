@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
 
-from triweave.data_pipeline.errors import MediaError
+from triweave.data_pipeline.errors import BlockedMediaError, MediaError
 from triweave.data_pipeline.media import audio, images
 from triweave.data_pipeline.media.geometry import MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES, modality_of_extension
 from triweave.data_pipeline.shards.schema import MediaPart, media_part
+from triweave.data_pipeline.shards.stage_times import StageClock
 
+MAX_MEDIA_BYTES = 1 << 30
+"""Largest medium that is read."""
+MAX_TEXT_BYTES = 64 << 20
+"""Largest text or JSON of one document that is read."""
 CACHE_BYTES = 64 << 20
 """Encoded bytes of shared media that one worker keeps in memory."""
 
@@ -43,10 +49,21 @@ class MediaEncoder:
     Media that many documents share (one Tux Paint picture is in about 65 documents) are kept in memory and, when they
     are re-encoded, in `cache_folder`, which all workers of a build use. Re-encoding is deterministic, so two workers
     that race for the same entry write the same bytes.
+
+    clock: counts `encode` (decoding, resizing and encoding again) and `decode` (reading headers, checking the rest).
+    blocked: sha256 (hex) -> reason of media that are refused, as they come or as they would be stored.
     """
 
-    def __init__(self, options: MediaOptions, cache_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        options: MediaOptions,
+        cache_folder: Path | None = None,
+        clock: StageClock | None = None,
+        blocked: Mapping[str, str] | None = None,
+    ) -> None:
         self.options = options
+        self._blocked = blocked or {}
+        self._clock = clock or StageClock()
         self._cache_folder = cache_folder
         self._memory: OrderedDict[tuple[str, Path], MediaPart] = OrderedDict()
         self._memory_bytes = 0
@@ -56,19 +73,25 @@ class MediaEncoder:
 
         Media that are kept as they are get decoded once, so that a cut file fails here with its row, not in training.
 
-        Raises MediaError for an unknown modality and for bytes that are not what they should be.
+        Raises MediaError for an unknown modality and for bytes that are not what they should be, BlockedMediaError for
+        those that are refused.
         """
+        self._refuse_blocked(data)
         original = data
         if modality not in MODALITIES:
             raise MediaError(f"unknown modality {modality!r}: known are {', '.join(MODALITIES)}")
-        if modality == "image" and self.options.image_max_side_px is not None:
-            data = images.reencode(data, self.options.image_max_side_px)[0]
-        elif modality == "audio" and self.options.audio_rate_hz is not None:
-            data = audio.reencode_flac(data, self.options.audio_rate_hz)
-        info, extension, mime = MODALITIES[modality].probe(data)
-        check = MODALITIES[modality].check
-        if check is not None and data is original:
-            check(data, info)
+        with self._clock.stage("encode"):
+            if modality == "image" and self.options.image_max_side_px is not None:
+                data = images.reencode(data, self.options.image_max_side_px)[0]
+            elif modality == "audio" and self.options.audio_rate_hz is not None:
+                data = audio.reencode_flac(data, self.options.audio_rate_hz)
+        if data is not original:
+            self._refuse_blocked(data)
+        with self._clock.stage("decode"):
+            info, extension, mime = MODALITIES[modality].probe(data)
+            check = MODALITIES[modality].check
+            if check is not None and data is original:
+                check(data, info)
         return media_part(modality, data, extension, mime, info)
 
     def encode_file(
@@ -98,8 +121,19 @@ class MediaEncoder:
         return part
 
     def _encode_bytes_of(self, path: Path, modality: str, convert: Callable[[bytes], bytes] | None) -> MediaPart:
+        size = path.stat().st_size
+        if size > MAX_MEDIA_BYTES:
+            raise MediaError(f"{path.name} has {size} bytes, allowed are {MAX_MEDIA_BYTES}: split it or leave it out")
         data = path.read_bytes()
-        return self.encode(modality, data if convert is None else convert(data))
+        if convert is not None:
+            self._refuse_blocked(data)
+            data = convert(data)
+        return self.encode(modality, data)
+
+    def _refuse_blocked(self, data: bytes) -> None:
+        reason = self._blocked.get(hashlib.sha256(data).hexdigest()) if self._blocked else None
+        if reason is not None:
+            raise BlockedMediaError(reason)
 
     def _remember(self, name: tuple[str, Path], part: MediaPart) -> None:
         self._memory[name] = part

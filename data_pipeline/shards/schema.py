@@ -1,7 +1,7 @@
 """Documents: one ordered list of text and media parts, and their JSON form, version 1.
 
     KEY.json       {"v":1,"id":..,"parts":[{"modality":"text","text":..},
-                    {"modality":"image","member":"0001.jpg","mime":..,"bytes":..,"w":..,"h":..,"xxh3":..},
+                    {"modality":"image","member":"0001.jpg","mime":..,"bytes":..,"w":..,"h":..,"xxh3":..,"phash":..},
                     {"modality":"audio","member":"0002.flac","mime":..,"bytes":..,"samples":..,"rate":..,"ms":..,
                      "xxh3":..}],
                     "source":{"corpus":..,..},"labels":{..}}
@@ -26,6 +26,8 @@ from triweave.data_pipeline.media.geometry import MediaInfo
 
 SCHEMA_VERSION = 1
 TEXT = "text"
+ANNOTATIONS = "annotations"
+"""The label that holds what points into the text; large, so the index goes without it."""
 KEY_PATTERN = re.compile(r"[0-9a-z_-]{1,64}")
 _HASH_CHARACTERS = 16
 _SLUG_CHARACTERS = 64 - _HASH_CHARACTERS - 1
@@ -61,6 +63,7 @@ class MediaPart:
     size_bytes: length of the bytes.
     alt: textual description that came with the medium, not a part of the text.
     t_ms: (start, end) on the document's clock.
+    phash: perceptual hash of a picture (`dedup.images.phash`); None where none was asked for, or it shows nothing.
     """
 
     modality: str
@@ -73,6 +76,7 @@ class MediaPart:
     member: str = ""
     alt: str | None = None
     t_ms: tuple[int, int] | None = None
+    phash: int | None = None
 
 
 Part = TextPart | MediaPart
@@ -153,6 +157,12 @@ def _content(part: Part) -> bytes:
     return part.data
 
 
+def index_labels(document: Document) -> str:
+    """Return the labels as the index holds them: JSON, without the annotations."""
+    labels = {name: value for name, value in document.labels.items() if name != ANNOTATIONS}
+    return json.dumps(labels, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def document_to_json(document: Document) -> bytes:
     """Return the UTF-8 JSON of a document, the same bytes for equal documents.
 
@@ -190,7 +200,7 @@ def document_from_json(data: bytes) -> Document:
             source=content["source"],
             labels=content["labels"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SchemaError(f"not the JSON of a document: {type(error).__name__}: {error}") from None
 
 
@@ -210,6 +220,8 @@ def _part_to_json(part: Part) -> dict[str, Any]:
     if part.info.samples:
         content["ms"] = part.info.ms
     content["xxh3"] = f"{part.xxh3:016x}"
+    if part.phash is not None:
+        content["phash"] = f"{part.phash:016x}"
     if part.alt is not None:
         content["alt"] = part.alt
     if part.t_ms is not None:
@@ -231,4 +243,5 @@ def _part_from_json(content: dict[str, Any]) -> Part:
         member=content["member"],
         alt=content.get("alt"),
         t_ms=tuple(content["t_ms"]) if "t_ms" in content else None,
+        phash=int(content["phash"], 16) if "phash" in content else None,
     )

@@ -14,6 +14,7 @@ import pyarrow as pa
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.ledger import read_ledger, reason_counts
 from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.storage.files import file_size
 
 LABEL_VALUES = 100
 """A label with more distinct values than this is reported by their number alone."""
@@ -73,7 +74,7 @@ def shard_stats(folder: Path) -> ShardStats:
     counts = _Counts()
     for number in range(len(manifest.shards)):
         _count_shard(counts, read_index(manifest, number, _COLUMNS))
-    ledger = read_ledger(manifest.ledger_path) if manifest.ledger_path.is_file() else None
+    ledger = read_ledger(manifest.ledger_path) if file_size(manifest.ledger_path) is not None else None
     return ShardStats(
         shards=len(manifest.shards),
         samples=manifest.samples,

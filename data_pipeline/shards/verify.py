@@ -8,11 +8,10 @@ a tar whose index is damaged   every member against the xxh3 in its sample's JSO
 
 from __future__ import annotations
 
-import json
 import mmap
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +22,10 @@ from triweave.data_pipeline.errors import DataError, SchemaError
 from triweave.data_pipeline.shards.index import IndexRow, read_index
 from triweave.data_pipeline.shards.ledger import count_statuses, read_ledger
 from triweave.data_pipeline.shards.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, ShardEntry, file_xxh3
-from triweave.data_pipeline.shards.schema import Document, MediaPart, document_from_json
+from triweave.data_pipeline.shards.schema import Document, MediaPart, document_from_json, index_labels
 from triweave.data_pipeline.shards.writer import member_header
+from triweave.data_pipeline.storage.files import file_names, file_size, local_files
+from triweave.data_pipeline.storage.location import is_remote, shown
 
 DamageKind = Literal["missing", "cut", "changed", "unlisted"]
 _JSON = "json"
@@ -64,11 +65,12 @@ class VerifyReport:
 
 
 def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Verify a shard folder; `on_progress(shards done, shards in all)` is called after every shard.
+    """Verify a shard folder, here or at `s3://bucket/prefix`, of which a shard at a time is copied.
 
+    `on_progress(shards done, shards in all)` is called after every shard.
     Raises DataError when there is no such folder or it never was one of shards.
     """
-    if not (folder / MANIFEST_NAME).exists():
+    if file_size(folder / MANIFEST_NAME) is None:
         return _without_manifest(folder)
     try:
         manifest = Manifest.load(folder)
@@ -76,11 +78,13 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
         damage = Damage(shard="", kind="changed", detail=str(error))
         return VerifyReport(shards=0, samples=0, tar_bytes=0, damage=(damage,))
     found: list[Damage] = []
-    for number in range(len(manifest.shards)):
-        found += _verify_shard(manifest, number)
+    for number, entry in enumerate(manifest.shards):
+        with local_files(folder, shard_files(entry)) as copies:
+            found += _verify_shard(replace(manifest, root=copies), number)
         if on_progress is not None:
             on_progress(number + 1, len(manifest.shards))
-    found += _verify_ledger(manifest)
+    with local_files(folder, [LEDGER_NAME]) as copies:
+        found += _verify_ledger(replace(manifest, root=copies))
     found += _unlisted(manifest)
     return VerifyReport(
         shards=len(manifest.shards),
@@ -90,10 +94,20 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
     )
 
 
+def shard_files(entry: ShardEntry) -> list[str]:
+    """Return the names of a shard's files: tar, offsets, index."""
+    return [f"{entry.name}{suffix}" for suffix in (".tar", ".tar.idx", ".parquet")]
+
+
+def _tars(folder: Path) -> list[str]:
+    names = file_names(folder) if is_remote(folder) or folder.is_dir() else {}
+    return sorted(name for name in names if name.startswith("shard-") and name.endswith(".tar"))
+
+
 def _without_manifest(folder: Path) -> VerifyReport:
-    shards = sorted(folder.glob("shard-*.tar")) if folder.is_dir() else []
+    shards = _tars(folder)
     if not shards:
-        raise DataError(f"{folder}: is not a shard folder; give the --out of a `triweave build`")
+        raise DataError(f"{shown(folder)}: is not a shard folder; give the --out of a `triweave build`")
     detail = f"{MANIFEST_NAME} is gone, or the build did not finish: run the same `triweave build` again"
     damage = Damage(shard="", kind="missing", detail=detail)
     return VerifyReport(shards=len(shards), samples=0, tar_bytes=0, damage=(damage,))
@@ -180,9 +194,8 @@ def _described(row: IndexRow, description: bytes) -> tuple[Document | None, str 
         document = document_from_json(description)
     except SchemaError as error:
         return None, str(error)
-    labels = json.dumps(document.labels, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     hashes = [part.xxh3 for part in document.parts]
-    if (document.id, labels, hashes) != (row.id, row.labels, row.part_xxh3):
+    if (document.id, index_labels(document), hashes) != (row.id, row.labels, row.part_xxh3):
         return (document if len(hashes) == len(row.part_xxh3) else None), "the description differs from the index"
     return document, None
 
@@ -262,6 +275,7 @@ def _verify_ledger(manifest: Manifest) -> Iterator[Damage]:
 
 def _unlisted(manifest: Manifest) -> Iterator[Damage]:
     listed = {shard.name for shard in manifest.shards}
-    for tar in sorted(manifest.root.glob("shard-*.tar")):
-        if tar.stem not in listed:
-            yield Damage(shard=tar.stem, kind="unlisted", detail=f"{tar.name} is not in {MANIFEST_NAME}: remove it")
+    for tar in _tars(manifest.root):
+        name = tar.removesuffix(".tar")
+        if name not in listed:
+            yield Damage(shard=name, kind="unlisted", detail=f"{tar} is not in {MANIFEST_NAME}: remove it")

@@ -7,7 +7,6 @@ torch into commands that only touch data. A sample's members are contiguous, JSO
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import tarfile
@@ -27,6 +26,7 @@ from triweave.data_pipeline.shards.schema import (
     Part,
     TextPart,
     document_to_json,
+    index_labels,
     member_name,
 )
 
@@ -97,7 +97,7 @@ def _index_row(
         key=key,
         id=document.id,
         corpus=document.corpus,
-        labels=json.dumps(document.labels, ensure_ascii=False, sort_keys=True, separators=(",", ":")),
+        labels=index_labels(document),
         offset=0,
         size=len(data),
         xxh3=xxhash.xxh3_64_intdigest(data),

@@ -65,14 +65,23 @@ class Source(Protocol):
         """Make the document of a row; raises FilteredError to leave it out, anything else is a failure."""
 
 
+def row_hash(row: Row) -> str:
+    """Return xxh3_64 (hex) of a row of the listing: another one where its files have other sizes."""
+    return xxhash.xxh3_64_hexdigest(_line(row))
+
+
 def listing_hash(rows: list[Row]) -> str:
     """Return xxh3_128 (hex) of a listing: the fingerprint of an input."""
     digest = xxhash.xxh3_128()
     for row in rows:
-        content = [row.id, row.recipe, row.filtered, row.failed]
-        line = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")  # a member's ending need not be UTF-8
+        digest.update(_line(row))
     return digest.hexdigest()
+
+
+def _line(row: Row) -> bytes:
+    content = [row.id, row.recipe, row.filtered, row.failed]
+    line = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return line.encode("utf-8", "surrogatepass") + b"\n"  # a member's ending need not be UTF-8
 
 
 def require_folder(root: Path, what: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from triweave.data_pipeline.errors import MediaError
+from triweave.data_pipeline.errors import BlockedMediaError, MediaError
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder
 from triweave.data_pipeline.shards.schema import MediaPart, Part, TextPart
 
@@ -81,6 +81,9 @@ class CollectedParts:
     def _add(self, encode: Callable[[], MediaPart], name: str, alt: str | None, min_side_px: int = 0) -> bool:
         try:
             part = encode()
+        except BlockedMediaError as error:
+            self._left_out.append(f"{name} ({error})")
+            return False
         except MediaError as error:
             self._left_out.append(f"{name} is damaged ({error})")
             return False

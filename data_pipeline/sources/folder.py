@@ -10,20 +10,21 @@ Order of parts: media by modality and file ending, then the text. The id is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from triweave.data_pipeline.errors import SourceError
 from triweave.data_pipeline.media.modalities import MODALITIES, modality_of_extension
-from triweave.data_pipeline.shards.media_encoder import MediaEncoder
+from triweave.data_pipeline.shards.media_encoder import MAX_TEXT_BYTES, MediaEncoder
 from triweave.data_pipeline.shards.schema import Document, Part, TextPart
 from triweave.data_pipeline.sources.base import FilteredError, Row, require_folder, walk_files
 
 SIDECAR_FIELDS = ("text", "labels", "source")
 _TEXT_SUFFIX = ".txt"
 _JSON_SUFFIX = ".json"
+SIDECAR_ENDINGS = (_TEXT_SUFFIX, _JSON_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class FolderSource:
         unknown: list[Row] = []
         for path, size in walk_files(self.root):
             file = PurePosixPath(path)
-            if file.suffix.lower() in (_TEXT_SUFFIX, _JSON_SUFFIX) or modality_of_extension(file.suffix):
+            if file.suffix.lower() in SIDECAR_ENDINGS or modality_of_extension(file.suffix):
                 stems.setdefault(str(file.with_suffix("")), []).append([path, size])
             else:
                 reason = f"no modality takes {file.suffix or 'files without an ending'}"
@@ -61,23 +62,30 @@ class FolderSource:
         for name in MODALITIES:
             modality_paths = [path for path in paths if _modality_name(path) == name]
             media += [encoder.encode_file(self.root / path, name) for path in modality_paths]
-        text, labels, source = self._sidecar(paths)
+        text, labels, source = read_sidecars(self.root, paths)
         parts = (*media, TextPart(text=text)) if text else tuple(media)
         if not parts:
             raise FilteredError("no media and no text")
         return Document(id=row.id, parts=parts, source={"corpus": self.root.name, **source}, labels=labels)
 
-    def _sidecar(self, paths: list[PurePosixPath]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """Return (text, labels, source) of the sidecars; the .txt gives the text where both have one."""
-        content: dict[str, Any] = {}
-        for path in paths:
-            if path.suffix.lower() == _JSON_SUFFIX:
-                content = json.loads((self.root / path).read_bytes())
-                check_sidecar(content, str(path))
-        for path in paths:
-            if path.suffix.lower() == _TEXT_SUFFIX:
-                content["text"] = (self.root / path).read_text(encoding="utf-8-sig")
-        return str(content.get("text", "")).strip(), dict(content.get("labels", {})), dict(content.get("source", {}))
+
+def read_sidecars(root: Path, paths: Iterable[PurePosixPath]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return (text, labels, source) of the sidecars among files below `root`; the .txt gives the text if both do.
+
+    Raises SourceError for one that is too large or has another shape.
+    """
+    content: dict[str, Any] = {}
+    for path in sorted(paths, key=lambda path: path.suffix.lower() == _TEXT_SUFFIX):
+        if path.suffix.lower() not in SIDECAR_ENDINGS:
+            continue
+        if (root / path).stat().st_size > MAX_TEXT_BYTES:
+            raise SourceError(f"{path}: is larger than {MAX_TEXT_BYTES} bytes")
+        if path.suffix.lower() == _TEXT_SUFFIX:
+            content["text"] = (root / path).read_text(encoding="utf-8-sig")
+        else:
+            content = json.loads((root / path).read_bytes())
+            check_sidecar(content, str(path))
+    return str(content.get("text", "")).strip(), dict(content.get("labels", {})), dict(content.get("source", {}))
 
 
 def check_sidecar(content: Any, where: str) -> None:

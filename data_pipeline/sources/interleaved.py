@@ -54,8 +54,16 @@ class InterleavedSource:
             raise SourceError(
                 f"--media {self.media}: no such folder; it holds pictures named by the sha256 of their URL"
             )
-        for name, path in self._files():
-            file = open_parquet(path, COLUMNS)
+        files = self._files()
+        for name, path in files:
+            try:
+                file = open_parquet(path, COLUMNS)
+            except SourceError:
+                if len(files) == 1:
+                    raise
+                problem = f"is no whole Parquet file with the columns {' and '.join(COLUMNS)}; fetch it again"
+                yield Row(id=f"file:{name}", recipe=[name, path.stat().st_size], failed=problem)
+                continue
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 for position in range(metadata.num_rows):

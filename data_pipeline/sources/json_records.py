@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from triweave.data_pipeline.errors import SourceError
 
 JSON_ENDINGS = (".json", ".jsonl")
+MAX_LINE_BYTES = 256 << 20
+"""Longest line of a .jsonl that is read; media are in it as base64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,28 @@ def read_json_record(path: Path, start: int, size: int) -> dict[str, Any]:
 def _lines(path: Path) -> Iterator[JsonRecord]:
     start = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if line.strip():
+        for number, (line, size) in enumerate(_bounded_lines(file)):
+            if len(line) < size:
+                problem = f"has {size} bytes, allowed are {MAX_LINE_BYTES}"
+                yield JsonRecord(number=number, start=start, size=size, value=None, problem=problem)
+            elif line.strip():
                 try:
                     value = json.loads(line)
-                    yield _record(number, start, len(line), value)
+                    yield _record(number, start, size, value)
                 except (ValueError, RecursionError) as error:
-                    yield JsonRecord(
-                        number=number, start=start, size=len(line), value=None, problem=f"is not JSON: {error}"
-                    )
-            start += len(line)
+                    yield JsonRecord(number=number, start=start, size=size, value=None, problem=f"is not JSON: {error}")
+            start += size
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield (line, its size); of a line beyond MAX_LINE_BYTES only the beginning."""
+    while line := file.readline(MAX_LINE_BYTES):
+        size = len(line)
+        while size >= MAX_LINE_BYTES and not line.endswith(b"\n") and (rest := file.readline(1 << 20)):
+            size += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        yield line, size
 
 
 def _array(path: Path) -> Iterator[JsonRecord]:

@@ -17,7 +17,7 @@ def open_parquet(path: Path, required: Sequence[str]) -> pq.ParquetFile:
     """Return the file at `path`. Raises SourceError unless it is Parquet and has the columns `required`."""
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         raise SourceError(f"--input {path}: not a Parquet file ({error})") from None
     missing = [column for column in required if column not in file.schema_arrow.names]
     if missing:
@@ -34,4 +34,4 @@ def read_parquet_row(path: Path, group: int, position: int) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _row_group(path: Path, group: int, _changed_ns: int) -> pa.Table:
     """Return one row group; `_changed_ns` keeps the cache from answering for a file that was written anew."""
-    return pq.ParquetFile(path).read_row_group(group)
+    return pq.ParquetFile(path).read_row_group(group, use_threads=False)

@@ -14,6 +14,7 @@ its own, `[bos] part [eos]`, all of them in one row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.media.modalities import MODALITIES, Modality, grids
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.storage.location import shown
 from triweave.data_pipeline.stream.selection import exchanged_media, outside_of, read_labels
 from triweave.data_pipeline.text.token_counts import read_token_counts
 from triweave.data_pipeline.text.tokenizer import Tokenizer
@@ -139,6 +141,7 @@ def load_shard_catalog(
     tokenizer: Tokenizer,
     geometry: MediaGeometry,
     caps: dict[str, int],
+    encoder_weights: Mapping[str, float],
 ) -> ShardCatalog:
     """Read the index and the token counts of one shard, and select from it what `source` asks for.
 
@@ -152,7 +155,7 @@ def load_shard_catalog(
     index_starts, kinds = _kinds(index["part_modality"], usable)
     if not np.array_equal(index_starts, part_starts):
         raise DataError(
-            f"{manifest.root}: the token counts of {manifest.shards[shard].name} do not fit its index; "
+            f"{manifest.location}: the token counts of {manifest.shards[shard].name} do not fit its index; "
             "run `triweave tokenize` again"
         )
     columns = {name: _ragged(index[name])[1] for name in _PART_COLUMNS}
@@ -163,10 +166,10 @@ def load_shard_catalog(
     infos = np.stack([columns[f"part_{name}"] for name in ("width", "height", "samples", "rate")], axis=1)
     part_grids = _part_grids(kinds, infos, usable, geometry)
     tokens = np.where(kinds == 0, text_tokens, part_grids.astype(np.int64).prod(axis=1))
-    budgets = _budgets(kinds, tokens, infos, list(caps))
+    budgets = _budgets(kinds, tokens, infos, list(caps), encoder_weights)
     sample_budgets, left_out = _leave_out(kinds, tokens, budgets, part_starts, caps, selected)
     return ShardCatalog(
-        tar=str(manifest.tar_path(shard)),
+        tar=shown(manifest.tar_path(shard)),
         keys=index["key"],
         offsets=index["offset"].to_numpy(),
         sizes=index["size"].to_numpy(),
@@ -282,16 +285,21 @@ def _budgets(
     tokens: npt.NDArray[np.int64],
     infos: npt.NDArray[np.int64],
     names: list[str],
+    encoder_weights: Mapping[str, float],
 ) -> npt.NDArray[np.int64]:
-    """Return [P, D] what each part uses of `tokens`, `image_tokens`, `images` and `audio_ms`."""
+    """Return [P, D] what each part uses of the budgets `names`; encoder costs are rounded up."""
     image = kinds == MODALITIES["image"].id
     audio = kinds == MODALITIES["audio"].id
     rate = np.maximum(infos[:, 3], 1)
+    weight = np.zeros(len(kinds))
+    for name, modality in MODALITIES.items():
+        weight[kinds == modality.id] = encoder_weights.get(name, 1.0)
     columns = {
         "tokens": tokens + (kinds != 0),
         "image_tokens": np.where(image, tokens, 0),
         "images": image.astype(np.int64),
         "audio_ms": np.where(audio, -(-infos[:, 2] * 1000 // rate), 0),
+        "encoder_cost": np.ceil(tokens * weight).astype(np.int64),
     }
     return np.stack([columns[name] for name in names], axis=1).astype(np.int64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -102,12 +103,13 @@ class MediaBuffers:
 
 
 class PieceMaker:
-    """Reads and decodes pieces of a planner's blocks."""
+    """Reads and decodes pieces of the blocks of `planner`, which is exchanged where the next plan segment begins."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.reader = ShardReader()
-        self.names = [source.name for source in planner.config.sources]
+        self.tokenise_s = 0.0
+        """Time spent in the tokenizer so far."""
         self.modalities: dict[int, Modality] = {modality.id: modality for modality in MODALITIES.values()}
 
     def fetch(self, piece: PiecePlan) -> SampleBytes:
@@ -121,6 +123,14 @@ class PieceMaker:
             catalog.tar, catalog.offsets.item(sample), catalog.sizes.item(sample), catalog.hashes.item(sample)
         )
         return {sample: own} if catalog.part_owners is None else self._partners(catalog, piece) | {sample: own}
+
+    def ask(self, pieces: Iterable[PiecePlan]) -> None:
+        """Send for the samples that `fetch` of these pieces reads, where they are in an object store."""
+        ranges = []
+        for piece in pieces:
+            catalog = self.planner.catalog(piece.source, piece.shard)
+            ranges.append((catalog.tar, catalog.offsets.item(piece.sample), catalog.sizes.item(piece.sample)))
+        self.reader.ask(ranges)
 
     def _partners(self, catalog: ShardCatalog, piece: PiecePlan) -> SampleBytes:
         """Return the samples that the exchanged media of a piece are in."""
@@ -172,7 +182,7 @@ class PieceMaker:
         catalog = self.planner.catalog(piece.source, piece.shard)
         sample = piece.sample if error.sample is None else error.sample
         return FillerEvent(
-            source=self.names[piece.source],
+            source=self.planner.source_name(piece.source),
             shard=catalog.tar,
             key=catalog.key_list[sample],
             offset=int(catalog.offsets[sample]),
@@ -191,12 +201,13 @@ class PieceMaker:
     ) -> Piece:
         """Return a stretch of tokens as a Piece; content: modality, content key and group key of its segment."""
         key = self.planner.catalog(piece.source, piece.shard).key_list[piece.sample]
+        name = self.planner.source_name(piece.source)
         ending = (":alone" if layout.alone else "") + ("" if weight else ":filler")
         return Piece(
             tokens=tokens,
             runs=layout.runs,
             weight=weight,
-            sample_id=f"{self.names[piece.source]}:{piece.epoch}:{key}:{layout.first}:{layout.end}{ending}",
+            sample_id=f"{name}:{piece.epoch}:{key}:{layout.first}:{layout.end}{ending}",
             sample_hash=xxhash.xxh3_64_intdigest(tokens.data),
             alone=AloneSpan(piece.item, *content) if layout.alone else None,
         )
@@ -246,7 +257,9 @@ class PieceMaker:
                     content = (kind, xxhash.xxh3_64_intdigest(medium), _group_key(document))
                 continue
             text = document["parts"][part]["text"]
+            began = time.perf_counter()
             encoded = tokenizer.encode(text)
+            self.tokenise_s += time.perf_counter() - began
             if len(encoded) != catalog.part_tokens.item(place):
                 raise CorruptSampleError("its text has another number of tokens than the sidecar says")
             tokens[at : at + end - first] = encoded[first:end]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 # webdataset reads this when it is imported: no unpickling of members, no `pipe:` URLs.
@@ -27,14 +27,27 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig
-from triweave.data_pipeline.errors import CorruptionBudgetError
+from triweave.data_pipeline.errors import CorruptionBudgetError, DataError
 from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.storage.counters import storage_counts
+from triweave.data_pipeline.storage.location import is_remote
+from triweave.data_pipeline.storage.read_ahead import read_ahead
+from triweave.data_pipeline.storage.settings import StorageSettings
 from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker, SampleBytes
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.reader import CorruptSampleError
+from triweave.data_pipeline.stream.stalls import StepLoad, counts_of, summed
 from triweave.data_pipeline.stream.state import StreamState
-from triweave.data_pipeline.stream.transport import Parcel, interrupts_held, start_method, start_worker, unwrap, wrap
+from triweave.data_pipeline.stream.transport import (
+    Parcel,
+    interrupts_held,
+    queue_depth,
+    start_method,
+    start_worker,
+    unwrap,
+    wrap,
+)
 from triweave.data_pipeline.stream.windows import MicroBatchTask, WindowShape, micro_batch_tasks
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
@@ -48,7 +61,10 @@ PostPack = Callable[[PackedBatch], dict[str, Any]]
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """One micro-batch on its way through the pipeline; `batch` is there after `collate_rows`."""
+    """One micro-batch on its way through the pipeline; `batch` is there after `collate_rows`.
+
+    timings_ms: stage of `stalls.STAGES` -> milliseconds. counts: see `stalls.COUNTS`.
+    """
 
     task: MicroBatchTask
     samples: list[list[SampleBytes | CorruptSampleError]] = field(default_factory=list)
@@ -56,6 +72,7 @@ class MicroBatch:
     media: dict[int, Any] = field(default_factory=dict)
     fillers: list[FillerEvent] = field(default_factory=list)
     timings_ms: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     batch: PackedBatch | None = None
 
 
@@ -70,6 +87,7 @@ class StepWindow:
     first_row, end_row: the plan rows of the whole global step.
     state: the stream after this step, the same on every rank.
     fillers: damaged samples of this rank's rows.
+    load: what loading it took.
     """
 
     micro_batches: list[PackedBatch]
@@ -77,6 +95,7 @@ class StepWindow:
     end_row: int
     state: StreamState
     fillers: list[FillerEvent]
+    load: StepLoad
 
 
 class StepLoader:
@@ -112,9 +131,9 @@ class StepLoader:
             global_batch_rows=global_batch_rows,
             micro_batch_rows=micro_batch_rows,
         )
-        self.planner = Planner(config)
-        self.start = state or self.planner.start()
-        self.start.check_plan(self.planner.plan_hash, self.planner.identity)
+        first = Planner(config)
+        self.planner = first.resumed(state) if state else first
+        self.start = state or first.start()
         self.planner.block(self.start.block)
         self.pipeline = stream_pipeline(self.planner, self.shape, self.start, post_pack, *stages)
         self._damaged: set[tuple[str, str]] = set()
@@ -150,7 +169,9 @@ class StepLoader:
         micro_batches = self._micro_batches()
         try:
             while True:
-                window = [next(micro_batches) for _ in range(self.accumulation)]
+                began = time.perf_counter()
+                depths, window = zip(*(next(micro_batches) for _ in range(self.accumulation)), strict=True)
+                waited_s = time.perf_counter() - began
                 fillers = [event for micro_batch in window for event in micro_batch.fillers]
                 self._charge(fillers)
                 task = window[-1].task
@@ -161,13 +182,20 @@ class StepLoader:
                     end_row=task.end_row,
                     state=task.state,
                     fillers=fillers,
+                    load=StepLoad(
+                        wait_s=waited_s,
+                        queue_depth=depths[0],
+                        stages_ms=[micro_batch.timings_ms for micro_batch in window],
+                        counts=summed(micro_batch.counts for micro_batch in window),
+                    ),
                 )
         finally:
             micro_batches.close()
 
-    def _micro_batches(self) -> Generator[MicroBatch, None, None]:
+    def _micro_batches(self) -> Generator[tuple[int, MicroBatch], None, None]:
+        """Yield each micro-batch behind the number of those that lay ready when it was asked for."""
         if self.config.workers == 0:
-            yield from self.pipeline
+            yield from zip(repeat(0), self.pipeline)
             return
         loader: DataLoader[Parcel] = DataLoader(
             self.pipeline.compose(_wrapped),
@@ -181,8 +209,12 @@ class StepLoader:
         with interrupts_held():
             workers = iter(loader)
         try:
-            for parcel in workers:
-                yield unwrap(parcel)
+            while True:
+                ready = queue_depth(workers)
+                content = unwrap(next(workers))
+                if isinstance(content, DataError):
+                    raise content
+                yield ready, content
         finally:
             # The iterator's own __del__ waits for the garbage collector; a training loop must not.
             workers._shutdown_workers()  # type: ignore[attr-defined]
@@ -224,15 +256,20 @@ def planned_rows(planner: Planner, shape: WindowShape, start: StreamState) -> It
     """Yield this worker's share of the rank's micro-batches: plans only, no bytes."""
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
-    for task in micro_batch_tasks(planner, shape, start, worker=worker, workers=workers):
-        yield MicroBatch(task=task)
+    tasks = micro_batch_tasks(planner, shape, start, worker=worker, workers=workers)
+    while True:
+        began = time.perf_counter()
+        task = next(tasks)
+        yield MicroBatch(task=task, timings_ms={"plan": (time.perf_counter() - began) * 1000})
 
 
 def fetch_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
     """Read and verify the bytes of every sample; a damaged one is handed on as its error."""
     maker = PieceMaker(planner)
-    for micro_batch in micro_batches:
+    before = storage_counts()
+    for micro_batch in _asked_ahead(maker, micro_batches):
         began = time.perf_counter()
+        maker.planner = _planner_of(micro_batch)
         for pieces in micro_batch.task.pieces:
             samples: list[SampleBytes | CorruptSampleError] = []
             for piece in pieces:
@@ -242,6 +279,8 @@ def fetch_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterato
                     samples.append(error)
             micro_batch.samples.append(samples)
         micro_batch.timings_ms["fetch"] = (time.perf_counter() - began) * 1000
+        stored, before = before, storage_counts()
+        micro_batch.counts = counts_of(micro_batch.samples, before - stored)
         yield micro_batch
 
 
@@ -249,8 +288,9 @@ def decode_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterat
     """Tokenise and decode every piece; a damaged one becomes a filler and an event."""
     maker = PieceMaker(planner)
     for micro_batch in micro_batches:
-        began = time.perf_counter()
+        began, tokenised_s = time.perf_counter(), maker.tokenise_s
         task = micro_batch.task
+        maker.planner = _planner_of(micro_batch)
         layouts = [[maker.layouts(piece) for piece in pieces] for pieces in task.pieces]
         buffers = MediaBuffers(chain.from_iterable(chain.from_iterable(layouts)), planner.config.geometry)
         rows = zip(task.plan_rows, task.pieces, layouts, micro_batch.samples, strict=True)
@@ -267,7 +307,9 @@ def decode_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterat
             micro_batch.rows.append(Row(plan_row, made))
         micro_batch.media = buffers.values
         micro_batch.samples = []
-        micro_batch.timings_ms["decode"] = (time.perf_counter() - began) * 1000
+        tokenise_ms = (maker.tokenise_s - tokenised_s) * 1000
+        micro_batch.timings_ms["tokenise"] = tokenise_ms
+        micro_batch.timings_ms["decode"] = (time.perf_counter() - began) * 1000 - tokenise_ms
         yield micro_batch
 
 
@@ -275,9 +317,9 @@ def collate_rows(
     planner: Planner, post_pack: PostPack | None, micro_batches: Iterable[MicroBatch]
 ) -> Iterator[MicroBatch]:
     """Pack the rows into a PackedBatch and add what `post_pack` makes of it."""
-    config = planner.config
     for micro_batch in micro_batches:
         began = time.perf_counter()
+        config = _planner_of(micro_batch).config
         batch = collate(
             micro_batch.rows,
             micro_batch.media,
@@ -287,16 +329,37 @@ def collate_rows(
         )
         extra = post_pack(batch) if post_pack else {}
         micro_batch.timings_ms["pack"] = (time.perf_counter() - began) * 1000
-        micro_batch.batch = replace(batch, extra=extra, timings_ms=micro_batch.timings_ms)
+        micro_batch.batch = replace(batch, extra=extra)
         micro_batch.rows, micro_batch.media = [], {}
         yield micro_batch
 
 
+def _asked_ahead(maker: PieceMaker, micro_batches: Iterable[MicroBatch]) -> Iterable[MicroBatch]:
+    """Yield the micro-batches; where shards are in an object store, the bytes of the next ones are under way."""
+    if not any(is_remote(source.shards) for source in maker.planner.config.sources):
+        return micro_batches
+
+    def ask(micro_batch: MicroBatch) -> None:
+        maker.planner = _planner_of(micro_batch)
+        maker.ask(chain.from_iterable(micro_batch.task.pieces))
+
+    return read_ahead(micro_batches, ask, StorageSettings.from_environment().read_ahead)
+
+
 def _wrapped(micro_batches: Iterable[MicroBatch]) -> Iterator[Parcel]:
-    for micro_batch in micro_batches:
-        # The plan of the window stays behind: it is large, and the rank needs its rows and its state only.
-        micro_batch.task = replace(micro_batch.task, pieces=[])
-        yield wrap(micro_batch)
+    """Yield what goes to the rank; an error for the user goes as it is, without the worker's traceback."""
+    try:
+        for micro_batch in micro_batches:
+            # The plan of the window stays behind: it is large, and the rank needs its rows and its state only.
+            micro_batch.task = replace(micro_batch.task, pieces=[], planner=None)
+            yield wrap(micro_batch)
+    except DataError as error:
+        yield wrap(error)
+
+
+def _planner_of(micro_batch: MicroBatch) -> Planner:
+    assert micro_batch.task.planner is not None
+    return micro_batch.task.planner
 
 
 def _batch_of(micro_batch: MicroBatch) -> PackedBatch:

@@ -58,7 +58,7 @@ def _labels_of(
         value = entry.get(name)
         if not isinstance(value, str):
             raise DataError(
-                f"{manifest.root}: data.sources.{source.name}.{asked} needs a `{name}` label on every sample, and "
+                f"{manifest.location}: data.sources.{source.name}.{asked} needs a `{name}` label on every sample, and "
                 f"sample {number} of {manifest.shards[shard].name} has none; build it again with `triweave build`, "
                 "from a source that gives one"
             )

@@ -1,8 +1,10 @@
 """StreamState: where a stream of packs stands, in a few hundred bytes that are the same on every rank.
 
-A stream is a sequence of absolute plan rows 0, 1, 2, ... produced block by block by a plan that is a pure function of
-metadata. So the next row, the block that holds it and the first row of that block are all a resume needs, on any
-number of ranks and workers; the segments say which plan made which rows.
+A stream is a sequence of absolute plan rows 0, 1, 2, ... in plan segments, one for each stretch of steps between two
+changes of `data.schedule`. A segment's rows come block by block from a plan that is a pure function of metadata; what a
+plan had left over of its last block is packed again in the first block of the next one. So for each segment the block
+it stands in, that block's first row and the row after its last one are all a resume needs, on any number of ranks and
+workers.
 """
 
 from __future__ import annotations
@@ -13,16 +15,23 @@ from typing import Any
 
 from triweave.data_pipeline.errors import StateError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSegment:
-    """Rows [first_row, end_row) were made by the plan `plan_hash`; `identity` is what that hash covers."""
+    """Rows [first_row, end_row) were made by the plan `plan_hash`; `identity` is what that hash covers.
+
+    first_step: steps taken before it. block, block_first_row: the block that holds row `end_row` (or ends just before
+    it), counted from the segment's start, and that block's first row.
+    """
 
     plan_hash: str
     first_row: int
     end_row: int
+    first_step: int
+    block: int
+    block_first_row: int
     identity: dict[str, Any]
 
 
@@ -38,17 +47,29 @@ class SourceCursor:
 class StreamState:
     """Everything that continues the stream.
 
-    segments: what has been read so far, oldest first; the last one ends at `next_row`.
-    next_row: the absolute plan row that comes next.
-    block, block_first_row: the block that holds `next_row` (or ends just before it), and the block's first row.
-    cursors: source name -> position at the start of that block.
+    segments: what has been read so far, oldest first.
+    step: the steps taken.
+    cursors: source name -> position at the start of the last segment's block.
     """
 
     segments: tuple[PlanSegment, ...]
-    next_row: int
-    block: int
-    block_first_row: int
+    step: int
     cursors: dict[str, SourceCursor]
+
+    @property
+    def next_row(self) -> int:
+        """The absolute plan row that comes next."""
+        return self.segments[-1].end_row
+
+    @property
+    def block(self) -> int:
+        """The block of the last segment that holds `next_row`, or ends just before it."""
+        return self.segments[-1].block
+
+    @property
+    def block_first_row(self) -> int:
+        """The absolute row that `block` begins with."""
+        return self.segments[-1].block_first_row
 
     def to_json(self) -> str:
         """Return the state as one line of JSON with sorted keys."""
@@ -63,9 +84,7 @@ class StreamState:
                 raise StateError(f"stream state has version {fields['v']}; this triweave reads version {STATE_VERSION}")
             return cls(
                 segments=tuple(PlanSegment(**segment) for segment in fields["segments"]),
-                next_row=int(fields["next_row"]),
-                block=int(fields["block"]),
-                block_first_row=int(fields["block_first_row"]),
+                step=int(fields["step"]),
                 cursors={name: SourceCursor(**cursor) for name, cursor in fields["cursors"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,18 +92,20 @@ class StreamState:
                 f"stream state is damaged ({type(error).__name__}: {error}); use another checkpoint"
             ) from None
 
-    def check_plan(self, plan_hash: str, identity: dict[str, Any]) -> None:
-        """Raise StateError, naming what changed, unless the plan `plan_hash` made the rows before `next_row`.
+    def check_segment(self, number: int, plan_hash: str, identity: dict[str, Any], first_step: int) -> None:
+        """Raise StateError, naming what changed, unless the plan `plan_hash` made segment `number` from that step on.
 
         A block is packed as a whole, so no plan can take over another one's rows without losing or repeating samples.
         """
-        last = self.segments[-1]
-        if last.plan_hash == plan_hash:
-            return
-        changed = [key for key in identity if last.identity.get(key) != identity[key]]
-        changed += [key for key in last.identity if key not in identity]
-        listing = "; ".join(f"{key} was {last.identity.get(key)}, is {identity.get(key)}" for key in changed[:3])
-        raise StateError(
-            f"the saved stream stands at row {self.next_row} of another plan ({listing}): "
-            "set these back to resume, or start a new run folder"
-        )
+        made = self.segments[number]
+        changed = [f"schedule was after_step={made.first_step}, is {first_step}"] * (made.first_step != first_step)
+        if made.plan_hash != plan_hash:
+            keys = [key for key in identity if made.identity.get(key) != identity[key]]
+            keys += [key for key in made.identity if key not in identity]
+            changed += [f"{key} was {made.identity.get(key)}, is {identity.get(key)}" for key in keys[:3]]
+        if changed:
+            raise StateError(
+                f"the saved stream stands at row {self.next_row} of another plan ({'; '.join(changed)}): set these "
+                f"back to resume, start a new run folder, or change weights, length and caps by an entry of "
+                f"data.schedule with after_step={self.step}"
+            )

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triweave.data_pipeline.storage.client import used_in_this_process
 from triweave.data_pipeline.worker_process import use_one_blas_thread
 
 ALIGNMENT_BYTES = 64
@@ -114,15 +115,28 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def queue_depth(workers: Any) -> int:
+    """Return how many parcels lie ready at the iterator of a DataLoader; 0 where the system does not count them."""
+    try:
+        queued = int(workers._worker_result_queue.qsize())
+    except NotImplementedError:  # macOS
+        return 0
+    return queued + sum(len(task) > 1 for task in workers._task_info.values())
+
+
 def start_method() -> str:
-    """Return how worker processes are started: `fork`, unless this process has a CUDA context.
+    """Return how worker processes are started: `fork`, unless this process has a CUDA context or an object store.
 
     Fork starts a worker in milliseconds, shares the plan already made, and is safe for what workers do: numpy, codecs
     and a queue, no torch operation and no collective, while glibc keeps its allocator whole over a fork from a process
     with gloo threads. A CUDA context and the registered memory of NCCL do not survive a fork, so there the workers come
-    from a fork server, which costs them one import of torch.
+    from a fork server, which costs them one import of torch. Nor do the threads of an object store's client (a request
+    of the child would wait for ever); there they are spawned, at the same cost: a fork server would keep the
+    credentials and the endpoint that the environment had when it was started.
     """
     methods = multiprocessing.get_all_start_methods()
+    if used_in_this_process():
+        return "spawn"
     if "fork" in methods and not torch.cuda.is_initialized():
         return "fork"
     return "forkserver" if "forkserver" in methods else "spawn"

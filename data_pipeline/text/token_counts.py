@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from triweave.data_pipeline.errors import DataError
 from triweave.data_pipeline.shards.manifest import Manifest, sync_folder
+from triweave.data_pipeline.storage.files import read_file
+from triweave.data_pipeline.storage.location import is_remote, shown
 from triweave.data_pipeline.text.shard_texts import SampleTexts, read_texts
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 from triweave.data_pipeline.worker_process import prepare_worker
@@ -56,8 +58,13 @@ def write_token_counts(
     removed. `workers` processes share the shards; the result does not depend on their number. `progress` is called with
     the samples of each shard done.
 
-    Raises DataError where the tokenizer or a shard cannot be read, or the folder cannot be written.
+    Raises DataError where the tokenizer or a shard cannot be read, or the folder is remote or cannot be written.
     """
+    if is_remote(manifest.root):
+        raise DataError(
+            f"{manifest.location}: token counts are written beside local shards; tokenize the folder that was pushed, "
+            "then `triweave push` it again, which sends what is new"
+        )
     tokenizer = Tokenizer.load(tokenizer_path)
     missing = [number for number in range(len(manifest.shards)) if not _is_whole(manifest, number, tokenizer.hash)]
     reused = len(manifest.shards) - len(missing)
@@ -83,10 +90,13 @@ def read_token_counts(manifest: Manifest, shard_number: int, tokenizer_hash: str
 
     Raises DataError where it is missing, damaged, or of other shards, with the command that writes it.
     """
-    path = token_counts_path(manifest, shard_number, tokenizer_hash)
-    advice = f"run `triweave tokenize {manifest.root} --tokenizer FILE`"
+    path = shown(token_counts_path(manifest, shard_number, tokenizer_hash))
+    advice = f"run `triweave tokenize {manifest.location} --tokenizer FILE`"
+    if is_remote(path):
+        advice = "run `triweave tokenize SHARDS --tokenizer FILE` on the local folder, and `triweave push` it again"
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+        data = pa.BufferReader(read_file(path))
+        table = pq.ParquetFile(data, page_checksum_verification=True).read(use_threads=False)
     except FileNotFoundError:
         raise DataError(f"no token counts for tokenizer {tokenizer_hash[:16]} at {path}: {advice}") from None
     except (pa.ArrowException, OSError) as error:

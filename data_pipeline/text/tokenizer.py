@@ -139,6 +139,18 @@ class Tokenizer:
         """Return the text of token ids; markers, bos, eos and pad have none, broken UTF-8 becomes U+FFFD."""
         return self._processor.decode([int(token) for token in ids])
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a text that one token stands for, none for markers, bos, eos and pad.
+
+        b"".join(map(token_bytes, encode(text))) == text.encode(): where these bytes meet are the token boundaries.
+        """
+        if token in self.unwritable:
+            return b""
+        if self._processor.is_byte(token):
+            return bytes([int(self._processor.id_to_piece(token)[3:5], 16)])
+        piece: str = self._processor.id_to_piece(token)
+        return piece.replace(_SPACE_SYMBOL, " ").encode()
+
     def _encode_spelled(self, text: str) -> list[int]:
         """Encode a text that may hold sentencepiece's own space symbol, spelling that character in bytes."""
         ids: list[int] = []
@@ -201,7 +213,7 @@ def train_tokenizer(
             if progress is not None:
                 progress(1)
     if not sample.texts:
-        roots = ", ".join(str(manifest.root) for manifest in manifests)
+        roots = ", ".join(manifest.location for manifest in manifests)
         where = f" in the split {split!r}" if split else ""
         raise TokenizerError(f"{roots} holds no text{where}: a tokenizer needs shards with text parts")
     model = _train(sample.sentences(), vocab_size, character_coverage)

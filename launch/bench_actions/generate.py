@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 
-from triweave.data_pipeline.bench import machine
+from triweave.data_pipeline.bench.subset import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

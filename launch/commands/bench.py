@@ -2,6 +2,8 @@
 
 examples:
   triweave bench loader --json
+  triweave bench build --python peers/bin/python
+  triweave bench storage s3://corpora/tuxpaint --local shards/tuxpaint
   triweave bench generate --tokens 256
   triweave bench kernels --mask interleaved,causal
 """
@@ -13,7 +15,9 @@ import argparse
 from triweave.launch.actions import add_actions, run_action
 
 ACTIONS = {
-    "loader": "measure the loader against webdataset and the bare functions, in one run",
+    "loader": "measure the loader against its peers and the bare functions, in one run",
+    "build": "measure the pictures a build encodes per second beside img2dataset, in turns",
+    "storage": "measure reading shards from an object store, its cache and a local folder",
     "generate": "measure generation with its cache and without, in turns",
     "kernels": "measure the ops against torch, FlexAttention, flash-attn and Liger, in turns",
 }

@@ -79,13 +79,13 @@ class DemoTraining:
         """Return the losses at the end, and those of the best unigram model on the same tokens."""
         from triweave.data_pipeline.media.modalities import MODALITIES
         from triweave.data_pipeline.stream.plan import Planner
-        from triweave.launch.demo.unigram import state_before, unigram_losses
+        from triweave.launch.demo.unigram import state_after, unigram_losses
         from triweave.pretrain.model import MultimodalTransformer
 
         config, metrics = self.config, read_metrics(self.run_dir)
         steps, rows = config.train.steps, config.train.global_batch_rows
         planner = Planner(config.data)
-        state = state_before(planner, (steps - mean_steps) * rows)
+        state = state_after(planner, steps=steps - mean_steps, global_batch_rows=rows)
         unigram, tokens = unigram_losses(config.data, global_batch_rows=rows, steps=mean_steps, state=state)
         last = [metrics[step] for step in range(steps - mean_steps + 1, steps + 1)]
         loss = mean_loss_by_modality(last)

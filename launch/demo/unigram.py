@@ -25,13 +25,13 @@ def entropy(counts: Counter[int]) -> float:
     return -sum(count / total * math.log(count / total) for count in counts.values())
 
 
-def state_before(planner: Planner, row: int) -> StreamState:
-    """Return the state of a stream that stands before an absolute plan row."""
-    block, first_row = 0, 0
+def state_after(planner: Planner, *, steps: int, global_batch_rows: int) -> StreamState:
+    """Return the state of a stream of one plan segment after so many steps."""
+    block, first_row, row = 0, 0, steps * global_batch_rows
     while row >= first_row + planner.block(block).rows:
         first_row += planner.block(block).rows
         block += 1
-    return planner.state_at(block=block, block_first_row=first_row, next_row=row, earlier=())
+    return planner.state_at(block=block, block_first_row=first_row, next_row=row, step=steps)
 
 
 def unigram_losses(

@@ -6,21 +6,15 @@ nothing else but data: pictures and sounds. Equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from triweave.launch.report import figures
-from triweave.launch.report.figures import Plot
+from triweave.launch.report.content import Caption, Card, CardGroup, Folded, Section, render
 from triweave.launch.report.run_files import ReportRun
 from triweave.launch.report.samples import CAPTION_TOKENS, RunSamples
 from triweave.launch.report.sections import (
     Fact,
-    Table,
     caption_table,
     classification_table,
     differing_settings,
@@ -34,59 +28,7 @@ from triweave.launch.report.sections import (
 from triweave.launch.report.verdict import Verdict, judge
 from triweave.launch.report.wording import listing
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
 TEMPLATE_NAME = "page.html.j2"
-STYLE_NAME = "page.css"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caption:
-    """What one run writes under a sample."""
-
-    run: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """A sample with the captions of all runs that have it."""
-
-    modality: str
-    uri: str
-    truth: str
-    about: str
-    captions: Sequence[Caption]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CardGroup:
-    """Cards under a heading."""
-
-    title: str
-    cards: Sequence[Card]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folded:
-    """A text that opens on demand."""
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the page; what is empty does not show."""
-
-    id: str
-    title: str
-    paragraphs: Sequence[str] = ()
-    plots: Sequence[Plot] = ()
-    tables: Sequence[Table] = ()
-    samples: Sequence[CardGroup] = ()
-    folded: Sequence[Folded] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,36 +42,15 @@ class RunHead:
 
 def render_page(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> str:
     """Return the page of one run or of several side by side; samples belong to the runs in order."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    folder = Path(__file__).parent
-    css = (folder / STYLE_NAME).read_text(encoding="utf-8")
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    environment.filters["code"] = _with_code
-    return environment.get_template(TEMPLATE_NAME).render(
+    return render(
+        TEMPLATE_NAME,
         title=listing([run.name for run in runs]),
-        policy=content_policy(css),
-        css=Markup(css),
+        kind="report",
         many=len(runs) > 1,
         runs=[RunHead(name=run.name, verdict=judge(run), facts=key_facts(run)) for run in runs],
         key_table=key_table(runs),
         sections=page_sections(runs, samples),
     )
-
-
-def _with_code(text: str) -> Markup:
-    """Return the text, escaped, with what stands between `backticks` as code."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def content_policy(css: str) -> str:
-    """Return the page's Content-Security-Policy: this style sheet, data: pictures and sounds, nothing else."""
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    allowed = (f"style-src 'sha256-{digest}'", "img-src data:", "media-src data:")
-    return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", "form-action 'none'"])
 
 
 def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> list[Section]:

@@ -71,7 +71,7 @@ def curve_plot(
     """
     series = [item for item in series if item.values]
     legend_rows = math.ceil(len(series) / 3) if len(series) > 1 or any(item.level is not None for item in series) else 0
-    with _figure(HEIGHT_PX, top_px=26 + legend_rows * _LEGEND_ROW_PX) as (figure, axes):
+    with measured_figure(HEIGHT_PX, top_px=26 + legend_rows * _LEGEND_ROW_PX) as (figure, axes):
         for item in series:
             colour, dash = STAND_INS[f"c{item.colour % SERIES_COLOURS}"], _dash(item.colour)
             steps, values = _binned(item.steps, item.values)
@@ -85,7 +85,7 @@ def curve_plot(
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("optimizer step", color=STAND_INS["muted"], fontsize=FONT_PX, loc="right")
-        _say_unit(axes, unit)
+        say_unit(axes, unit)
         if legend_rows:
             _legend(figure, axes)
         about = "; ".join(_describe(item) for item in series)
@@ -110,7 +110,7 @@ def interval_plot(
     legend_rows = math.ceil((len(marks) + len(bar_labels)) / 3)
     rows = sum(len(group.bars) for group in groups)
     height = 30 + legend_rows * _LEGEND_ROW_PX + rows * _BAR_PX + len(groups) * _LABEL_PX + _BOTTOM_PX
-    with _figure(height, top_px=30 + legend_rows * _LEGEND_ROW_PX, left_px=10) as (figure, axes):
+    with measured_figure(height, top_px=30 + legend_rows * _LEGEND_ROW_PX, left_px=10) as (figure, axes):
         y = 0.0
         for group in groups:
             axes.text(
@@ -135,7 +135,7 @@ def interval_plot(
         axes.grid(visible=True, axis="x", color=STAND_INS["rule"], linewidth=0.8)
         if not as_points:
             axes.set_xlim(left=0)
-        _say_unit(axes, unit)
+        say_unit(axes, unit)
         for label, colour in zip(bar_labels, range(len(bar_labels)), strict=True):
             colour_name = STAND_INS[f"c{colour % SERIES_COLOURS}"]
             axes.plot([], [], color=colour_name, linewidth=6, label=readable(label, LEGEND_LETTERS))
@@ -148,7 +148,7 @@ def interval_plot(
 
 
 @contextmanager
-def _figure(height_px: float, *, top_px: float, left_px: float = _LEFT_PX) -> Iterator[tuple[Figure, Axes]]:
+def measured_figure(height_px: float, *, top_px: float, left_px: float = _LEFT_PX) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure with one axes, drawn with matplotlib's defaults whatever this user has configured."""
     import logging
     import warnings
@@ -204,7 +204,7 @@ def _mark_style(number: int, mark: str) -> dict[str, Any]:
     return {"marker": marker, "color": STAND_INS["ink"], "markersize": 5, "markerfacecolor": "none"}
 
 
-def _say_unit(axes: Axes, unit: str) -> None:
+def say_unit(axes: Axes, unit: str) -> None:
     axes.set_title(unit, loc="left", fontsize=FONT_PX, color=STAND_INS["muted"], pad=6)
 
 

@@ -55,10 +55,13 @@ class ReportRun:
 
     @property
     def pack_tokens(self) -> int | None:
-        """Return the positions of a step's packs, None where the config does not say it."""
+        """Return the positions of a step's packs, None where the config does not say it or a schedule changes it."""
         try:
-            return int(self.config["train"]["global_batch_rows"]) * int(self.config["data"]["sequence_length"])
-        except (KeyError, TypeError, ValueError):
+            data = self.config["data"]
+            if any(entry.get("sequence_length") for entry in data.get("schedule") or ()):
+                return None
+            return int(self.config["train"]["global_batch_rows"]) * int(data["sequence_length"])
+        except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
     def values(self, name: str) -> tuple[list[int], list[float]]:

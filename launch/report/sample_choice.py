@@ -18,6 +18,7 @@ from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.schema import document_from_json
 from triweave.data_pipeline.splits import fold_of
+from triweave.data_pipeline.storage.files import read_range
 from triweave.launch.report.wording import readable
 
 IMAGE_SIDE_PX = 160
@@ -159,11 +160,8 @@ def _read(candidate: Candidate) -> ChosenSample | None:
     """Return the sample, None where its bytes are damaged or too large to show."""
     row, part = candidate.row, candidate.part
     try:
-        with open(candidate.tar, "rb") as tar:
-            tar.seek(row["json_offset"])
-            document = document_from_json(tar.read(row["json_size"]))
-            tar.seek(row["part_offset"][part])
-            content = tar.read(row["part_size"][part])
+        document = document_from_json(bytes(read_range(candidate.tar, row["json_offset"], row["json_size"])))
+        content = bytes(read_range(candidate.tar, row["part_offset"][part], row["part_size"][part]))
     except OSError as error:
         raise DataError(f"{candidate.tar}: cannot be read ({error})") from None
     if xxhash.xxh3_64_intdigest(content) != row["part_xxh3"][part]:

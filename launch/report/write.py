@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from triweave.launch.errors import ReportError
+from triweave.launch.report.content import write_page
 from triweave.launch.report.page import render_page
 from triweave.launch.report.run_files import read_runs
 from triweave.launch.report.samples import run_samples
@@ -30,12 +31,6 @@ def write_report(
         raise ReportError(f"--samples {pictures}: must be 0 to {MOST_PICTURES}")
     runs = read_runs(list(folders))
     page = render_page(runs, [run_samples(run, pictures, tell=tell) for run in runs]).encode()
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page)
-        temporary.replace(out)
-    except OSError as error:
-        raise ReportError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
+    write_page(out, page)
     verdicts = {run.name: asdict(judge(run)) for run in runs}
     return {"out": str(out), "bytes": len(page), "verdicts": verdicts}

@@ -206,8 +206,8 @@ def _source_documents(
             labels = json.loads(row["labels"])
             if "group" not in labels or "split" not in labels:
                 raise PretrainError(
-                    f"{manifest.root}: document {row['id']!r} has no label `group` or `split`; build the shards again, "
-                    "with a source that writes them"
+                    f"{manifest.location}: document {row['id']!r} has no label `group` or `split`; build the shards "
+                    "again, with a source that writes them"
                 )
             held_out = _is_held_out(source, asked_split, labels)
             if held_out is not None:

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from triweave.data_pipeline.errors import BuildError, SourceError
-from triweave.data_pipeline.filters.options import FilterOptions
-from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build, build_order
+from triweave.data_pipeline.shards.build import BuildOptions, BuildProgress, build, build_order, row_pipeline
 from triweave.data_pipeline.shards.chunks import ChunkEncoder, ChunkJob
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.ledger import read_ledger
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.media_encoder import MediaOptions
+from triweave.data_pipeline.shards.throughput import THROUGHPUT_NAME
 from triweave.data_pipeline.shards.verify import verify
 from triweave.data_pipeline.shards.writer import EncodedSample, ShardWriter
 from triweave.data_pipeline.sources.base import Row
@@ -53,11 +53,15 @@ def expected(numbers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return relative path -> bytes of everything but the throughput, the one file that says how a build went."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != THROUGHPUT_NAME]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def start(out: Path, workers: int, kill_at: int, seconds_per_row: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), str(out), str(workers), str(kill_at), str(seconds_per_row)]
+def start(
+    out: Path, workers: int, kill_at: int, seconds_per_row: float = 0.0, engine: str = "local"
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), str(out), str(workers), str(kill_at), str(seconds_per_row), engine]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
@@ -126,9 +130,7 @@ def test_a_worker_that_outlives_its_build_a_moment_leaves_no_trace(
 ) -> None:
     """Where another run has finished, it neither brings the work folder back nor writes there while it goes."""
     out = tmp_path / "shards"
-    straggler = ChunkJob(
-        source=numbers.NumberSource(), media=MediaOptions(), filters=FilterOptions(), folder=out / ".build"
-    )
+    straggler = ChunkJob(pipeline=row_pipeline(numbers.NumberSource(), BuildOptions()), folder=out / ".build")
     plain = shutil.rmtree
 
     def rmtree(path: Path) -> None:
@@ -237,6 +239,7 @@ def test_other_options_or_inputs_are_refused_until_overwritten(
     assert rebuilt.samples == 25
     assert sorted(path.name for path in out.iterdir()) == [
         "ledger.parquet", "manifest.json", "shard-000000.parquet", "shard-000000.tar", "shard-000000.tar.idx",
+        "throughput.json",
     ]  # fmt: skip
     assert not verify(out).damage
 

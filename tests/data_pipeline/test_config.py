@@ -41,9 +41,80 @@ def test_values_defaults_and_overrides(path: Path) -> None:
     )
 
 
+SCHEDULE = """
+run_dir: runs/x
+data:
+  tokenizer: tok.model
+  weight_unit: tokens
+  sources:
+    - {name: a, shards: shards/a, weight: 3}
+    - {name: b, shards: shards/b, weight: 0}
+  packing: {images: 5, encoder_weights: {image: 2.5}}
+  batch_caps: {images: 50}
+  schedule:
+    - {after_step: 10, weights: {b: 1}, images: 8}
+    - {after_step: 20, sequence_length: 512}
+"""
+
+
+def test_each_entry_of_a_schedule_changes_what_it_names(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(SCHEDULE)
+    config = load_data_config(file)
+    first, second, third = config.segments
+    assert [[source.weight for source in segment.sources] for segment in config.segments] == [[3, 0], [3, 1], [3, 1]]
+    assert [segment.packing.images for segment in config.segments] == [5, 8, 8]
+    assert [segment.sequence_length for segment in config.segments] == [4096, 4096, 512]
+    assert first.caps["encoder_cost"] == 4096 * 2.5
+    assert [segment.schedule for segment in (first, second, third)] == [[], [], []]
+    assert {segment.weight_unit for segment in config.segments} == {"tokens"}
+    override = 'data.schedule=[{"after_step": 7, "weights": {"a": 0, "b": 2}}]'
+    assert [source.weight for source in load_data_config(file, [override]).segments[1].sources] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('data.schedule=[{"after_step": 0}]', "data.schedule[0].after_step=0: must be above 0"),
+        ('data.schedule=[{"after_step": 5}, {"after_step": 5}]', "must be above that of the entry before it, 5"),
+        (
+            'data.schedule=[{"after_step": 5, "weights": {"bb": 1}}]',
+            "weights.bb: data.sources has no such name; did you",
+        ),
+        ('data.schedule=[{"after_step": 5, "weights": {"a": 0}}]', "data.schedule[0]: data.sources: every source has"),
+        ('data.schedule=[{"after_step": 5, "weights": {"a": -1}}]', "data.schedule[0]: data.sources.a.weight=-1"),
+        (
+            'data.schedule=[{"after_step": 5, "images": 60}]',
+            "data.schedule[0]: data.batch_caps.images=50: a single pack",
+        ),
+        ('data.schedule=[{"after_step": 5, "sequence_length": 4}]', "data.schedule[0]: data.sequence_length=4"),
+        ("data.batch_caps.images=4", "data.batch_caps.images=4: a single pack may hold 5"),
+        ("data.batch_caps.audio_ms=9", "set data.packing.audio_ms to 9 or less"),
+        ("data.packing.contrastive_share=0.5", "data.packing.contrastive_share do not go together"),
+        ("data.packing.encoder_weights.image=-1", "encoder_weights.image=-1"),
+        ("data.packing.encoder_cost=0", "packing.encoder_cost=0"),
+        ("data.weight_unit=words", "weight_unit"),
+    ],
+)
+def test_schedules_and_caps_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(SCHEDULE)
+    with pytest.raises(ConfigError) as caught:
+        load_data_config(file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_of_a_schedule_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(SCHEDULE.replace("sequence_length: 512", "sequence_lenght: 512"))
+    with pytest.raises(ConfigError, match=r"data.schedule\[1\].sequence_lenght: unknown key; did you mean"):
+        load_data_config(file)
+
+
 def test_default_caps_scale_with_the_length() -> None:
     small, large = (PackingConfig().caps(length, MediaGeometry()) for length in (512, 4096))
-    assert small == {"tokens": 512, "image_tokens": 512, "images": 128, "audio_ms": 512 * 80 + 25}
+    assert small == {"tokens": 512, "image_tokens": 512, "images": 128, "audio_ms": 512 * 80 + 25, "encoder_cost": 512}
     assert large["images"] == 8 * small["images"]
     # Fewer frames in a token make tokens shorter, so the same window holds less audio.
     assert PackingConfig().caps(512, MediaGeometry(audio_frames_per_token=4))["audio_ms"] == 512 * 40 + 25
@@ -82,7 +153,8 @@ def test_wrong_overrides(path: Path, override: str, message: str) -> None:
     [
         ("data: {sources: [], tokenizer: t}", "data.sources is empty"),
         ("data: {sources: [{name: a, shards: s}, {name: a, shards: t}], tokenizer: t}", "names 'a' twice"),
-        ("data: {sources: [{name: a, shards: s, weight: 0}], tokenizer: t}", "weight=0"),
+        ("data: {sources: [{name: a, shards: s, weight: 0}], tokenizer: t}", "every source has weight=0"),
+        ("data: {sources: [{name: a, shards: s, weight: -1}], tokenizer: t}", "weight=-1"),
         ("data: {sources: [{name: a/b, shards: s}], tokenizer: t}", "'a/b'"),
         ("data: {sources: [{name: a, shard: s}], tokenizer: t}", "did you mean data.sources[0].shards"),
         (

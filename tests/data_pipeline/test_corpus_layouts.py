@@ -152,8 +152,10 @@ def test_interleaved_pages(tmp_path: Path, picture: Media) -> None:
     assert page.left_out == f"without 1 media: {urls['gone.png']} is not there"
     assert found["pages.parquet:0:1"] == f"without 1 media: {urls['gone.png']} is not there"
     assert found["pages.parquet:1:0"] == "no text and no picture"
+    write(tmp_path / "cut.parquet", (tmp_path / "pages.parquet").read_bytes()[:-20])
     without = outcomes(InterleavedSource(root=tmp_path, media=None))
     assert shape(without["pages.parquet:0:0"]) == [":Owls\n\nhunt."]
+    assert "is no whole Parquet file" in str(without["file:cut.parquet"])
 
 
 def test_interleaved_pages_with_their_pictures_in_the_rows(tmp_path: Path, picture: Media) -> None:
@@ -295,3 +297,23 @@ def test_a_corpus_of_packages_is_copied_from_an_unpacked_tree(game: Path, tmp_pa
     assert again.files == 6
     with pytest.raises(FetchError, match=r"holds no script/.*give copies with --from FOLDER \(the .deb files of p"):
         corpus.fetch(tmp_path / "none", tmp_path / "out" / "script", lambda _: None)
+
+
+def test_the_source_that_the_docs_show_how_to_add(tmp_path: Path, picture: Media) -> None:
+    """The code is cut out of docs/corpora.md as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "corpora.md").read_text(encoding="utf-8")
+    section = text.partition("## How to add a source\n")[2].partition("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    ") or not line.strip())
+    names: dict[str, Any] = {}
+    modules = "base import Row, walk_files", "collected_parts import CollectedParts"
+    header = "from dataclasses import dataclass\nfrom pathlib import Path\nfrom typing import Any, Iterator\n"
+    header += "".join(f"from triweave.data_pipeline.sources.{line}\n" for line in modules)
+    header += "from triweave.data_pipeline.shards.media_encoder import MediaEncoder\n"
+    header += "from triweave.data_pipeline.shards.schema import Document\n"
+    exec(header + code, names)
+    write(tmp_path / "owl.jpg", picture(1, form="JPEG"))
+    write(tmp_path / "cut.jpg", picture(2, form="JPEG")[:300])
+    found = outcomes(names["PostcardSource"](root=tmp_path))
+    assert shape(found["owl.jpg"]) == ["image.jpg", ":A postcard."]
+    assert isinstance(found["cut.jpg"], Document)
+    assert "cut.jpg is damaged" in found["cut.jpg"].left_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,3 +103,37 @@ def test_the_blocks_of_an_epoch_of_a_mixture_draw_as_many_samples_as_there_are(b
     mixture = Mixture(shapes, block_samples=block_samples, seed=3)
     drawn = len(samples_of(mixture, range(mixture.epoch_blocks)))
     assert mixture.epoch_samples <= drawn + 1 < mixture.epoch_samples + mixture.block_samples + 2
+
+
+def test_a_mixture_goes_on_where_another_one_ended() -> None:
+    shapes = [
+        SourceShape(name="a", weight=3.0, shard_samples=(7, 5, 9)),
+        SourceShape(name="b", weight=1.0, shard_samples=(4, 6)),
+    ]
+    first = Mixture(shapes, block_samples=8, seed=3)
+    drawn = samples_of(first, range(5))
+    for weights in ((1.0, 1.0), (0.0, 2.0), (1.0, 0.0)):
+        later = [replace(shape, weight=weight) for shape, weight in zip(shapes, weights, strict=True)]
+        second = Mixture(later, block_samples=8, seed=3, starts=first.positions(5))
+        assert second.cursors(0) == first.cursors(5)
+        more = samples_of(second, range(30))
+        assert len({*drawn, *more}) == len(drawn) + len(more), "a sample came twice in one epoch"
+        for source, shape in enumerate(shapes):
+            counts = Counter(epoch for s, epoch, *_ in [*drawn, *more] if s == source)
+            ended = second.cursors(30)[shape.name]
+            assert all(counts[epoch] == shape.samples for epoch in range(ended.epoch))
+            assert counts[ended.epoch] == ended.sample
+            assert any(s == source for s, *_ in more) == (weights[source] > 0)
+
+
+def test_a_pass_may_draw_a_source_for_a_part_of_an_epoch() -> None:
+    sizes, epochs = (40, 10, 30), (1.0, 2.5, 0.5)
+    shapes = [
+        SourceShape(name=name, weight=share * size, shard_samples=(size,))
+        for name, size, share in zip("abc", sizes, epochs, strict=True)
+    ]
+    mixture = Mixture(shapes, block_samples=1000, seed=0, pass_samples=80)
+    assert mixture.epoch_blocks == 1
+    for passes in (1, 2):
+        counts = Counter(source for source, *_ in samples_of(mixture, range(passes)))
+        assert [counts[source] for source in range(3)] == [passes * n for n in (40, 25, 15)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig
-from triweave.data_pipeline.errors import DataError
+from triweave.data_pipeline.errors import ConfigError, DataError
 from triweave.data_pipeline.media.geometry import MediaGeometry
 from triweave.data_pipeline.stream.catalog import EMPTY_DOCUMENT
 from triweave.data_pipeline.stream.layout import piece_layout, row_pieces
@@ -71,7 +71,7 @@ def test_rows_keep_every_budget_and_media_are_never_cut(stream_data: Any) -> Non
     packing = PackingConfig(image_tokens=40, images=2, audio_ms=500)
     planner = Planner(config_of(stream_data, packing=packing))
     caps = planner.caps
-    assert caps == {"tokens": 64, "image_tokens": 40, "images": 2, "audio_ms": 500}
+    assert caps == {"tokens": 64, "image_tokens": 40, "images": 2, "audio_ms": 500, "encoder_cost": 64}
     for block in range(planner.mixture.group_count(0)):
         plan = planner.block(block)
         for row in range(plan.rows):
@@ -178,3 +178,56 @@ def test_missing_counts_and_shards_are_named(stream_data: Any, tmp_path: Path) -
     gone = replace(config, sources=[SourceConfig(name="birds", shards=str(tmp_path / "gone"))])
     with pytest.raises(DataError, match="gone"):
         Planner(gone)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "epochs"])
+def test_weights_may_be_shares_of_tokens_or_epochs(stream_data: Any, unit: str) -> None:
+    names = ("birds", "talk")
+    config = config_of(stream_data, names, weight_unit=unit, sequence_length=128, block_samples=500)
+    config = replace(
+        config, sources=[replace(source, weight=w) for source, w in zip(config.sources, (1.0, 2.5), strict=True)]
+    )
+    planner = Planner(config)
+    tokens, drawn = Counter[str](), Counter[str]()
+    for block in range(12 if unit == "tokens" else 1):
+        plan = planner.block(block)
+        for source, first, end in zip(plan.sources, plan.first_tokens, plan.end_tokens, strict=True):
+            tokens[names[source]] += int(end - first)
+        for draw in planner.mixture.draws(block):
+            drawn[names[draw.source]] += draw.end - draw.first
+    if unit == "tokens":
+        assert tokens["talk"] / tokens["birds"] == pytest.approx(2.5, rel=0.03)
+        assert drawn["talk"] / drawn["birds"] != pytest.approx(2.5, rel=0.05), "samples differ in length"
+    else:
+        assert drawn == {"birds": 72, "talk": 45}
+        assert planner.mixture.epoch_samples == 72 + 45
+    assert planner.plan_hash != Planner(replace(config, weight_unit="samples")).plan_hash
+
+
+def test_a_source_that_cannot_be_packed_has_no_share_of_the_tokens(concept_data: Any) -> None:
+    sources = [
+        SourceConfig(name="all", shards=str(concept_data.shards)),
+        SourceConfig(name="none", shards=str(concept_data.shards), split="validation"),
+    ]
+    config = DataConfig(sources=sources, tokenizer=str(concept_data.tokenizer), weight_unit="tokens")
+    with pytest.raises(ConfigError, match=r"data.sources.none: none of its samples can be packed.*set its weight to 0"):
+        Planner(config)
+
+
+def test_an_encoder_cost_is_a_budget_and_part_of_the_cost(stream_data: Any) -> None:
+    weights = {"image": 3.0, "audio": 0.5}
+    plain, heavy = (
+        Planner(config_of(stream_data, sequence_length=128, packing=PackingConfig(encoder_weights=w)))
+        for w in ({}, weights)
+    )
+    plan, other = plain.block(0), heavy.block(0)
+    assert plan.row_costs.sum() < other.row_costs.sum()
+    tokens = other.modality_tokens
+    work = int(other.row_budgets[:, 4].sum())
+    assert 3 * tokens["image"] + tokens["audio"] / 2 <= work <= 3 * tokens["image"] + tokens["audio"] / 2 + 40
+    assert plan.row_budgets[:, 4].sum() == tokens["image"] + tokens["audio"]
+    capped = Planner(
+        config_of(stream_data, sequence_length=128, packing=PackingConfig(encoder_weights=weights, encoder_cost=40))
+    ).block(0)
+    assert capped.row_budgets[:, 4].max() <= 40 < other.row_budgets[:, 4].max()
+    assert any("packing.encoder_cost=40" in reason for reason in capped.left_out)

@@ -52,3 +52,9 @@ def test_few_maps_are_kept_and_views_outlive_them(tmp_path: Path, monkeypatch: p
         views.append(reader.read(str(path), 10, 20, xxhash.xxh3_64_intdigest(bytes([number]) * 20)))
     assert len(reader._maps) == 2
     assert [view[0] for view in views] == [0, 1, 2, 3, 4]
+
+
+def test_asking_for_local_bytes_does_nothing(tar: Path) -> None:
+    reader = ShardReader()
+    reader.ask([(str(tar), 100, 300), (str(tar.with_name("missing.tar")), 0, 1)])
+    assert reader._remote is None

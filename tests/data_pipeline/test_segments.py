@@ -24,8 +24,9 @@ from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import AloneSpan, Piece
 from triweave.data_pipeline.stream.layout import piece_layouts, row_pieces
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
-from triweave.data_pipeline.stream.plan import ALONE, DOCUMENT, UNFIT_SEGMENTS, Planner, drawn_share
-from triweave.data_pipeline.stream.plan_report import report_plan
+from triweave.data_pipeline.stream.pieces import UNFIT_SEGMENTS, drawn_share
+from triweave.data_pipeline.stream.plan import ALONE, DOCUMENT, Planner
+from triweave.data_pipeline.stream.plan_report import PlanOptions, report_plan
 
 S = 96
 ALL = PackingConfig(contrastive_share=1.0)
@@ -265,11 +266,13 @@ def test_damage_makes_fillers_of_all_segments_of_the_item(concept_data: Any, tmp
 
 def test_the_report_counts_segments_per_group(concept_data: Any) -> None:
     config = config_of(concept_data, packing=PackingConfig(contrastive_share=1.0, contrastive_group_rows=4))
-    report = report_plan(config, S, None)
+    report = report_plan(config, S, PlanOptions())
     plan = Planner(config).block(0)
     items = int((plan.kinds == ALONE).sum())
     assert report.items_per_group == pytest.approx(items * 4 / plan.rows)
     assert report.segments_per_group == pytest.approx(int(plan.segments.sum()) * 4 / plan.rows)
-    without = report_plan(replace(config, packing=PackingConfig()), S, None)
-    assert report.alone_tokens == sum(report.tokens.values()) - sum(without.tokens.values()) > 0
+    without = report_plan(replace(config, packing=PackingConfig()), S, PlanOptions())
+    assert (
+        report.alone_tokens == sum(report.tokens_per_modality.values()) - sum(without.tokens_per_modality.values()) > 0
+    )
     assert (without.alone_tokens, without.segments_per_group, without.items_per_group) == (0, 0.0, 0.0)

@@ -43,6 +43,7 @@ def tokenizer(path):
 @example(text="日本語 русский العربية हिन्दी ไทย")
 def test_round_trip_of_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text).tolist())) == text.encode()
 
 
 def test_encoding_many_is_encoding_each(tokenizer):

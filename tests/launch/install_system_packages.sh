@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Install the Debian packages that `make install`, the two-hosts test and the tests of the report in a browser need, if any
-# is missing. Needs root and apt-get; says what it does.
+# Install the Debian packages that `make install`, the two-hosts test, the tests of pages in a browser and those of a real
+# object store (Ceph's radosgw) need, if any is missing. Needs root and apt-get; says what it does.
 # Exit 0 when everything is there, 1 when something is still missing.
 set -euo pipefail
 
 # program=package
 wanted=(make=make g++=g++ ip=iproute2 sshd=openssh-server ssh=openssh-client ssh-keygen=openssh-client pdsh=pdsh
-  chromium=chromium)
+  chromium=chromium radosgw=radosgw ceph-osd=ceph-osd ceph-mon=ceph-mon ceph=ceph-common)
 PATH="$PATH:/usr/sbin:/sbin"
 
 missing=()

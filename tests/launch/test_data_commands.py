@@ -46,6 +46,23 @@ def test_build_verify_stats(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     assert "5 samples, 1 shards" in capsys.readouterr().out
 
 
+def test_build_says_how_fast_it_was_and_tries_failed_rows_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    first = run_json(capsys, build(corpus, out, "--json"))
+    assert first["rows"]["failed"] == 1
+    assert first["throughput"]["rows"] == sum(first["rows"].values())
+    assert {"read", "decode", "filter", "write"} <= first["throughput"]["stages"].keys()
+    (corpus / "picture.png").rename(corpus / "picture.txt")
+    second = run_json(capsys, build(corpus, out, "--retry-failed", "--json"))
+    assert second["rows"] == first["rows"] | {"kept": first["rows"]["kept"] + 1, "failed": 0}
+    assert main(build(corpus, out)) == 0
+    assert " rows/s over " in capsys.readouterr().out
+    assert main(build(corpus, tmp_path / "none", "--retry-failed")) == 2
+    assert "holds no finished build" in capsys.readouterr().err
+
+
 def test_verify_exit_codes(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
     main(build(corpus, out))

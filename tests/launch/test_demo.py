@@ -26,7 +26,7 @@ from triweave.launch.demo.corpora import SETS, CorpusChoice
 from triweave.launch.demo.evaluation import result_figures
 from triweave.launch.demo.short import DemoOptions, run_demo
 from triweave.launch.demo.training import kill_rank
-from triweave.launch.demo.unigram import entropy, state_before, unigram_losses
+from triweave.launch.demo.unigram import entropy, state_after, unigram_losses
 from triweave.launch.errors import DemoError
 from triweave.launch.metrics import mean_loss_by_modality, newest_metrics
 from triweave.pretrain.config import load_config
@@ -57,8 +57,8 @@ def test_a_state_can_stand_in_any_epoch(tiny_run: Path) -> None:
     rows = planner.block(0).rows + planner.block(1).rows + 2
     loader = StepLoader(data, rank=0, world_size=1, global_batch_rows=rows, micro_batch_rows=8)
     expected = next(iter(loader)).state
-    assert state_before(planner, rows) == expected
-    assert state_before(planner, 0) == planner.start()
+    assert state_after(planner, steps=1, global_batch_rows=rows) == expected
+    assert state_after(planner, steps=0, global_batch_rows=rows) == planner.start()
 
 
 def test_mean_losses_weigh_by_tokens() -> None:

@@ -50,7 +50,7 @@ def test_plan_prints_one_json_object(run_yaml: Path, capsys: pytest.CaptureFixtu
     assert [report["sequence_length"] for report in reports] == [96, 256]
     for report in reports:
         assert report["samples"] == DOCUMENTS
-        tokens = report["tokens"]
+        tokens = report["tokens_per_modality"]
         assert tokens["image"] == DOCUMENTS * 5 * 7
         assert tokens["audio"] == 0
         assert report["fill"] == pytest.approx(sum(tokens.values()) / report["rows"] / report["sequence_length"])
@@ -60,15 +60,43 @@ def test_plan_prints_one_json_object(run_yaml: Path, capsys: pytest.CaptureFixtu
         assert report["fill_without_last"] >= report["fill"]
 
 
+def test_plan_of_one_length_is_one_object_with_the_agreed_keys(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(run_yaml), "--num-ranks", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    agreed = {"fill", "tokens_per_modality", "max_over_mean_rank_cost", "steps_per_epoch", "bytes_to_read"}
+    assert agreed <= set(report)
+    assert 1 <= report["max_over_mean_rank_cost"] <= report["worst_step_rank_cost"] < 2
+    assert report["bytes_to_read"] > 1000 * DOCUMENTS
+    assert main(["plan", str(run_yaml), "--num-ranks", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{report['bytes_to_read'] / 1e6:,.1f}" in shown
+    assert "costliest / mean rank, 2 ranks" in shown
+    assert "model" not in shown, "the shards are local"
+
+
+def test_plan_looks_at_every_segment_of_a_schedule(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = run_yaml.with_name("longer.yaml")
+    text = run_yaml.read_text().replace("  geometry", "  schedule: [{after_step: 3, sequence_length: 192}]\n  geometry")
+    longer.write_text(text)
+    assert main(["plan", str(longer), "--json"]) == 0
+    segments = json.loads(capsys.readouterr().out)["segments"]
+    assert [(segment["after_step"], segment["sequence_length"]) for segment in segments] == [(0, 96), (3, 192)]
+    assert segments[1]["rows"] < segments[0]["rows"]
+    assert main(["plan", str(longer)]) == 0
+    assert "192 from step 3" in " ".join(capsys.readouterr().out.replace("│", " ").replace("┃", " ").split())
+
+
 def test_plan_shows_parts_alone(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(run_yaml), "data.packing.contrastive_share=1"]
     assert main([*command, "--json"]) == 0
-    (report,) = json.loads(capsys.readouterr().out)["lengths"]
+    report = json.loads(capsys.readouterr().out)
     assert report["left_out"] == {}
     # Fewer rows than a contrastive group has, so all of them are in one: 30 pictures and 30 captions.
     assert (report["segments_per_group"], report["items_per_group"]) == (2 * DOCUMENTS, DOCUMENTS)
     # A picture of 35 tokens goes with bos, start marker and eos, once more than in its document.
-    assert report["tokens"]["image"] == 2 * DOCUMENTS * 5 * 7
+    assert report["tokens_per_modality"]["image"] == 2 * DOCUMENTS * 5 * 7
     assert report["alone_tokens"] > DOCUMENTS * (35 + 3 + 2)
     assert main(command) == 0
     shown = capsys.readouterr().out
@@ -81,9 +109,9 @@ def test_plan_shows_parts_alone(run_yaml: Path, capsys: pytest.CaptureFixture[st
 def test_plan_says_what_is_left_out(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(run_yaml), "data.packing.image_tokens=20", "train.global_batch_rows=2"]
     assert main([*command, "--json"]) == 0
-    (report,) = json.loads(capsys.readouterr().out)["lengths"]
+    report = json.loads(capsys.readouterr().out)
     assert report["left_out"] == {"image over packing.image_tokens=20": DOCUMENTS}
-    assert report["tokens"]["image"] == 0
+    assert report["tokens_per_modality"]["image"] == 0
     assert report["steps_per_epoch"] == -(-report["rows"] // 2)
     assert main(command) == 0
     shown = capsys.readouterr().out
@@ -99,6 +127,8 @@ def test_plan_says_what_is_left_out(run_yaml: Path, capsys: pytest.CaptureFixtur
         (["RUN", "data.tokenizer=none.model"], "none.model"),
         (["RUN", "--lengths", "a,b"], "--lengths a,b"),
         (["RUN", "--global-batch-rows", "0"], "global_batch_rows=0"),
+        (["RUN", "--num-ranks", "5"], "number of ranks, 5"),
+        (["RUN", "--link-mb-per-s", "0"], "--link-mb-per-s 0"),
     ],
 )
 def test_plan_refuses_in_one_line(
@@ -120,10 +150,13 @@ def test_plan_loads_neither_torch_nor_webdataset(run_yaml: Path) -> None:
     assert done.stderr.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_bench_prints_the_agreed_rows(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_yaml.parent
     places = ["--shards", str(folder / "shards"), "--tokenizer", str(folder / "tokenizer.model")]
     counts = ["--samples", "30", "--raw-samples", "30", "--repeats", "1", "--sequence-length", "512"]
+    fields = {"loader", "work", "samples_per_s", "ratio_to_bare_decode", "first_batch_s"}
+    fields |= {"resume_s_at_0", "resume_s_at_50", "resume_s_at_99"}
     assert main(["bench", "loader", *places, *counts, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["machine"]["cores"] >= 1
@@ -131,6 +164,7 @@ def test_bench_prints_the_agreed_rows(run_yaml: Path, capsys: pytest.CaptureFixt
         (loader, work) for loader in ("triweave", "webdataset", "bare") for work in ("raw", "full")
     }
     assert all(row["samples_per_s"] > 0 and row["ratio_to_bare_decode"] > 0 for row in result["rows"])
+    assert all(fields <= set(row) for row in result["rows"])
 
 
 def test_bench_without_shards_says_how_to_get_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

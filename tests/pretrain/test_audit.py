@@ -20,7 +20,7 @@ Row = tuple[int, int, list[str]]
 def rows_of(steps: range, *, epoch: int = 0) -> list[Row]:
     """Return two rows a step, two pieces a row."""
     return [
-        (step, row, [f"a:{epoch}:k{row}:0:{n}" for n in (5, 9)])
+        (step, row, [f"a:{epoch}:k{row}:{span}" for span in ("0:5", "5:9")])
         for step in steps
         for row in (2 * step - 2, 2 * step - 1)
     ]
@@ -79,6 +79,8 @@ def damaged(kind: str) -> list[Row]:
         rows.append((5, 2, ["a:0:other:0:3"]))
     elif kind == "piece twice":
         rows[5][2][0] = rows[0][2][0]
+    elif kind == "overlap":
+        rows[5][2][0] = "a:0:k0:8:12"
     elif kind == "order":
         rows[0], rows[6] = (1, 6, rows[6][2]), (4, 0, rows[0][2])
     return rows
@@ -90,6 +92,7 @@ def damaged(kind: str) -> list[Row]:
         ("lost", (1, 0, True), "no step trained on row 3"),
         ("row twice", (0, 1, False), "two steps trained on row 2"),
         ("piece twice", (0, 1, True), "came more than once: a:0:k0:0:5"),
+        ("overlap", (0, 1, True), "shares tokens with another piece: a:0:k0:8:12"),
         ("order", (0, 0, False), "came after a later row: row 2, 0"),
     ],
 )
@@ -109,11 +112,17 @@ def test_the_same_sample_in_another_epoch_is_no_repetition(ledger: Callable[...,
 
 def test_a_replay_with_other_tokens_is_found(ledger: Callable[..., Path]) -> None:
     wrong = rows_of(range(3, 4))
-    wrong[0][2][1] = "a:0:k4:0:8"
+    wrong[0][2][1] = "a:0:k4:5:8"
     ledger([*rows_of(range(1, 3)), *wrong])
     found = audit(ledger(rows_of(range(3, 5)), number=2, parent=1, resumed=2))
     assert not found.order_equal
     assert found.problems == ("was trained on again with other pieces: row 4",)
+
+
+def test_a_segment_of_a_part_alone_repeats_nothing(ledger: Callable[..., Path]) -> None:
+    rows = rows_of(range(1, 3))
+    rows[2][2].append("a:0:k0:1:4:alone")
+    assert audit(ledger(rows)).exact
 
 
 def test_two_runs_of_one_plan_are_compared(ledger: Callable[..., Path]) -> None:

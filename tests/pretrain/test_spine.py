@@ -137,6 +137,26 @@ def test_any_layout_goes_on(train, straight, tmp_path):
     assert consumed(tmp_path) == consumed(straight)
 
 
+@pytest.mark.slow
+def test_a_schedule_added_at_a_resume_is_the_schedule_from_the_start(train, tmp_path):
+    """Packs of 96, 64 and 128 tokens: on 2 ranks in one go, and on 2 and 1 ranks with the changes added later."""
+    entries = ['{"after_step": 4, "sequence_length": 64, "images": 2}', '{"after_step": 7, "sequence_length": 128}']
+    planned, added = (f"data.schedule=[{', '.join(chosen)}]" for chosen in (entries, entries[:1]))
+    settings = ("schedule.total_steps=10", "checkpoint.every_steps=1")
+    assert train(tmp_path / "planned", 2, "train.steps=10", *settings, planned) == ["", ""]
+    assert train(tmp_path / "added", 2, "train.steps=4", *settings) == ["", ""]
+    assert train(tmp_path / "added", 1, "train.steps=6", *settings, added, resume=True) == [""]
+    assert train(tmp_path / "added", 2, "train.steps=10", *settings, planned, resume=True) == ["", ""]
+    assert consumed(tmp_path / "added") == consumed(tmp_path / "planned")
+    proof = audit(tmp_path / "added", same_as=tmp_path / "planned")
+    assert proof.exact, proof.problems
+    assert proof.world_sizes == (2, 1, 2)
+    for line, wanted in zip(metrics(tmp_path / "added"), metrics(tmp_path / "planned"), strict=True):
+        assert abs(line["loss"] - wanted["loss"]) <= 1e-6 * max(1, wanted["loss"]), line["step"]
+    (said,) = set(train(tmp_path / "added", 1, "train.steps=12", *settings, resume=True))
+    assert "put back the entry with after_step=4" in said
+
+
 CONTRASTIVE = (
     "model.objectives={language_model: 1.0, contrastive: 0.5}",
     "model.contrastive.width=16",

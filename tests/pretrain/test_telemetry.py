@@ -7,11 +7,18 @@ import json
 import numpy as np
 import pytest
 
+from triweave.data_pipeline.stream.stalls import START_STEPS, STEPS_KEPT, StallMeter, StepLoad
 from triweave.kernels import backends
 from triweave.pretrain.contrastive_window import ContrastiveFigures
 from triweave.pretrain.participation import Window
 from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
 from triweave.pretrain.zero import StepResult
+
+LOAD = StepLoad(wait_s=0.25, queue_depth=0, stages_ms=[{"fetch": 200.0, "decode": 40.0}], counts={"samples": 8})
+
+
+def meter() -> StallMeter:
+    return StallMeter(workers=0, remote=False)
 
 
 def result(step: int, contrastive: ContrastiveFigures | None = None) -> StepResult:
@@ -60,8 +67,8 @@ def test_contrastive_figures_stand_only_where_there_are_any():
 def test_the_progress_line_and_tensorboard_have_the_contrastive_figures(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1) as telemetry:
-        telemetry.step(result(1, ContrastiveFigures(loss=0.8, pairs=3, accuracy=0.5)))
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1, stalls=meter()) as telemetry:
+        telemetry.step(result(1, ContrastiveFigures(loss=0.8, pairs=3, accuracy=0.5)), LOAD)
     assert "loss 2.3000  contrastive 0.8000 (50%)  " in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -69,9 +76,9 @@ def test_the_progress_line_and_tensorboard_have_the_contrastive_figures(tmp_path
 
 
 def write(folder, first_step: int, steps: range, *, rank: int = 0) -> None:
-    with Telemetry(folder, rank=rank, first_step=first_step, total_steps=9, every_steps=2) as telemetry:
+    with Telemetry(folder, rank=rank, first_step=first_step, total_steps=9, every_steps=2, stalls=meter()) as telemetry:
         for step in steps:
-            telemetry.step(result(step))
+            telemetry.step(result(step), LOAD)
 
 
 def test_memory_of_a_run_on_cpu_is_the_hosts_even_beside_a_device(monkeypatch):
@@ -95,11 +102,11 @@ def test_each_step_stands_once_after_a_resume(tmp_path, capsys):
 def test_each_choice_of_kernels_is_told_once(tmp_path, capsys, monkeypatch):
     made = {"swiglu: auto chose reference: it must": None}
     monkeypatch.setattr(backends, "_choices", made)
-    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1) as telemetry:
-        telemetry.step(result(1))
-        telemetry.step(result(2))
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1, stalls=meter()) as telemetry:
+        telemetry.step(result(1), LOAD)
+        telemetry.step(result(2), LOAD)
         made["rms_norm: auto chose triton: it may"] = None
-        telemetry.step(result(3))
+        telemetry.step(result(3), LOAD)
     lines = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
     assert lines == [
         "kernels: swiglu: auto chose reference: it must", "step 1/9", "step 2/9",
@@ -116,6 +123,21 @@ def test_tensorboard_holds_the_nested_figures(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss_by_modality/image")] == [
         (1, 3.0), (2, 3.0), (3, 3.0),
     ]  # fmt: skip
+
+
+def test_what_the_loader_does_stands_in_the_metrics_and_a_stall_is_told_once(tmp_path, capsys):
+    steps = START_STEPS + 2 * STEPS_KEPT
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=99, every_steps=50, stalls=meter()) as telemetry:
+        for step in range(1, steps + 1):
+            telemetry.step(result(step), LOAD)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loader"] == {}, "the first steps wait for the start"
+    assert lines[-1]["loader"]["fetch_ms_p50"] == 200
+    assert lines[-1]["loader"]["samples"] == 8 * STEPS_KEPT
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(told) == 1
+    # A wait of 0.25 s beside work of 0.5 s.
+    assert "you are storage bound: 33% of the time" in told[0]
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,15 @@ def test_evaluations_over_folds_have_no_split(make_run: MakeRun) -> None:
     assert parse_evaluation(content).split is None
     (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
     assert "on 5 folds" in Page(render(folder)).text
+
+
+def test_a_schedule_of_lengths_leaves_no_one_size_of_a_step(make_run: MakeRun) -> None:
+    run = read_run(make_run(), "run")
+    assert run.pack_tokens == 4 * 64
+    data = {**run.config["data"], "schedule": [{"after_step": 5, "weights": {"tiny": 1.0}, "sequence_length": None}]}
+    assert replace(run, config={**run.config, "data": data}).pack_tokens == 4 * 64
+    data["schedule"].append({"after_step": 9, "sequence_length": 128})
+    assert replace(run, config={**run.config, "data": data}).pack_tokens is None
 
 
 def test_wording() -> None:

@@ -1,0 +1,160 @@
+"""Whole files of shard folders, wherever they lie: the one way to read an index, a sidecar, a ledger or a manifest.
+
+Samples are read by `stream.reader.ShardReader`, which takes the same locations.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import xxhash
+
+from triweave.data_pipeline.errors import StorageError
+from triweave.data_pipeline.storage.cache import PageCache
+from triweave.data_pipeline.storage.client import ChangedObjectError, ObjectClient, ObjectInfo, client_of
+from triweave.data_pipeline.storage.counters import count
+from triweave.data_pipeline.storage.location import ObjectLocation, is_remote, object_location
+from triweave.data_pipeline.storage.settings import StorageSettings
+
+MOST_BYTES = 2 << 30
+"""Largest file that is read whole: an index, sidecar, ledger or manifest beyond it is not one of ours."""
+CHECKED_READS = 3
+"""Times that something is read from the store before its damage counts as damage of the object."""
+
+
+def read_file(path: Path | str, xxh3: str = "") -> bytes | memoryview:
+    """Return the bytes of a file.
+
+    xxh3: xxh3_64 in hex that they must have, where the caller knows it. A remote file with another one (or another than
+    its own metadata says) is read again, CHECKED_READS times in all, and then returned as it is: the caller says what
+    is damaged. Local files are not checked here.
+
+    Raises FileNotFoundError, OSError for local files, and StorageError.
+    """
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    location = object_location(path)
+    client, settings = client_of(location.bucket), StorageSettings.from_environment()
+    cache = PageCache(settings.cache_dir, settings.cache_bytes)
+    data: bytes | memoryview = b""
+    for attempt in range(CHECKED_READS):
+        info = client.info(location.key)
+        if info.size > MOST_BYTES:
+            raise StorageError(f"{location}: {info.size} bytes, more than the {MOST_BYTES} that are read whole")
+        identity = (client.endpoint, location.bucket, location.key, info.etag, info.size, info.modified, "whole")
+        known = cache.get(identity, info.size) if info.size and attempt == 0 else None
+        count("cache_hits" if known is not None else "cache_misses")
+        try:
+            data = known if known is not None else _whole(client, location, info, settings)
+        except ChangedObjectError:
+            continue
+        expected = xxh3 or info.xxh3
+        if not expected or xxhash.xxh3_64_hexdigest(data) == expected:
+            if known is None and info.size:
+                cache.put(identity, memoryview(data))
+            return data
+        cache.forget(identity)
+        count("failed_checks")
+    return data
+
+
+def read_range(path: Path | str, offset: int, size: int) -> bytes | memoryview:
+    """Return bytes [offset, offset + size) of a file, fewer where it ends. Raises as `read_file`."""
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    location = object_location(path)
+    client, settings = client_of(location.bucket), StorageSettings.from_environment()
+    with _unchanging(location):
+        info = client.info(location.key)
+        end = min(offset + size, info.size)
+        return b"".join(_pieces(client, location, info, offset, end, settings.request_bytes))
+
+
+def file_size(path: Path | str) -> int | None:
+    """Return the size of a file, None where there is none. Raises StorageError."""
+    if is_remote(path):
+        location = object_location(path)
+        try:
+            return client_of(location.bucket).info(location.key).size
+        except FileNotFoundError:
+            return None
+    return Path(path).stat().st_size if Path(path).is_file() else None
+
+
+def file_names(folder: Path | str) -> dict[str, int]:
+    """Return name -> size of the files right in a folder. Raises StorageError."""
+    if is_remote(folder):
+        location = object_location(folder)
+        return client_of(location.bucket).names(location.key)
+    return {path.name: path.stat().st_size for path in Path(folder).iterdir() if path.is_file()}
+
+
+@contextmanager
+def local_files(folder: Path | str, names: list[str]) -> Iterator[Path]:
+    """Yield a local folder that holds the named files of `folder`: itself, or copies that are gone afterwards.
+
+    A file that is not there is not there either. For what reads files from end to end; copies are not kept in the
+    cache, which is for what is read again. Raises StorageError, also where they find no room.
+    """
+    if not is_remote(folder):
+        yield Path(folder)
+        return
+    settings = StorageSettings.from_environment()
+    with ExitStack() as until_done:
+        try:
+            settings.cache_dir.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix="copies-", dir=settings.cache_dir)
+            copies = Path(until_done.enter_context(temporary))
+            for name in names:
+                _copy(object_location(folder).child(name), copies / name, settings)
+        except OSError as error:
+            raise StorageError(
+                f"{settings.cache_dir}: cannot hold copies of {object_location(folder)} ({error.strerror}); make room, "
+                "or set TRIWEAVE_CACHE_DIR to another folder"
+            ) from None
+        yield copies
+
+
+def _copy(location: ObjectLocation, path: Path, settings: StorageSettings) -> None:
+    client = client_of(location.bucket)
+    for _ in range(CHECKED_READS):
+        digest = xxhash.xxh3_64()
+        with _unchanging(location), open(path, "wb") as file:
+            try:
+                info = client.info(location.key)
+            except FileNotFoundError:
+                os.unlink(path)
+                return
+            for piece in _pieces(client, location, info, 0, info.size, settings.request_bytes):
+                digest.update(piece)
+                file.write(piece)
+        if info.xxh3 in ("", digest.hexdigest()):
+            return
+        count("failed_checks")
+
+
+def _whole(
+    client: ObjectClient, location: ObjectLocation, info: ObjectInfo, settings: StorageSettings
+) -> bytes | memoryview:
+    return b"".join(_pieces(client, location, info, 0, info.size, settings.request_bytes))
+
+
+def _pieces(
+    client: ObjectClient, location: ObjectLocation, info: ObjectInfo, start: int, end: int, request_bytes: int
+) -> Iterator[memoryview]:
+    for first in range(start, end, request_bytes):
+        yield client.range(location.key, first, min(end, first + request_bytes), info)
+
+
+@contextmanager
+def _unchanging(location: ObjectLocation) -> Iterator[None]:
+    try:
+        yield
+    except ChangedObjectError:
+        raise StorageError(f"{location}: was replaced while it was read; run the same command again") from None

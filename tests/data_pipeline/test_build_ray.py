@@ -1,0 +1,110 @@
+"""Builds on Ray: the bytes of a local build, through kills, interrupts, and a cluster that stands elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from triweave.data_pipeline.errors import BuildError
+from triweave.data_pipeline.shards.build import BuildOptions, build
+from triweave.data_pipeline.shards.manifest import Manifest
+from triweave.data_pipeline.sources.folder import FolderSource
+
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    import test_build as builds
+finally:
+    sys.path.pop(0)
+
+numbers = builds.numbers
+expected = builds.expected
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_build_killed_on_ray_continues_there_to_the_same_bytes(
+    numbers: ModuleType, expected: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    order = builds.build_order(list(numbers.NumberSource().rows()), 0)
+    killer = next(number for number in reversed(order) if number % 50 == 20)
+    process = builds.start(out, 2, killer, engine="ray")
+    assert process.wait(120) == -signal.SIGKILL
+    assert list((out / ".build").glob("0*.json")), "what is encoded is kept"
+    assert builds.start(out, 2, killer, engine="ray").wait(120) == 0
+    assert builds.files(out) == builds.files(expected)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_an_interrupt_on_ray_ends_soon_and_leaves_no_process(expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    process = builds.start(out, 2, -1, seconds_per_row=0.01, engine="ray")
+    deadline = time.monotonic() + 90
+    while not list((out / ".build").glob("0*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    assert not list(out.glob("*.tmp"))
+    while builds.session_processes(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert builds.start(out, 1, -1).wait(120) == 0, "another engine goes on where Ray stopped"
+    assert builds.files(out) == builds.files(expected)
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """Start a head of Ray as on a machine of a cluster, and stop that one alone."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+    from ray.cluster_utils import Cluster
+
+    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        yield head.address
+    finally:
+        head.shutdown()
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_cluster_is_one_option(tiny_corpus: Path, tiny_shards: Manifest, tmp_path: Path, cluster: str) -> None:
+    command = [sys.executable, "-m", "triweave.launch.cli", "build", "--source", "folder", "--input", str(tiny_corpus)]
+    options = ["--out", str(tmp_path / "shards"), "--shard-size-mb", str(60_000 / 2**20)]
+    options += ["--engine", "ray", "--ray-address", cluster, "--workers", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert builds.files(tmp_path / "shards") == builds.files(tiny_shards.root)
+
+
+def test_ray_that_cannot_be_had_is_one_line(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(root=tiny_corpus)
+    with pytest.raises(BuildError, match="--ray-address head:6379: belongs to --engine ray, not to local"):
+        build(source, tmp_path / "out", BuildOptions(ray_address="head:6379"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BuildError, match=r"Ray is not installed; `pip install triweave\[ray\]`"):
+        build(source, tmp_path / "out", BuildOptions(engine="ray"))
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_one_line(tiny_corpus: Path, tmp_path: Path) -> None:
+    options = BuildOptions(engine="ray", ray_address="127.0.0.1:1")
+    with pytest.raises(BuildError, match=r"^--ray-address 127\.0\.0\.1:1: cannot be used \(.*\); `ray status`"):
+        build(FolderSource(root=tiny_corpus), tmp_path / "out", options)

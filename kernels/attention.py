@@ -7,18 +7,16 @@ Sources: Dao 2023, FlashAttention-2 (backward from out and lse); Wang et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from triweave.kernels import flash_attention, flex_attention, reference_attention, sdpa_attention
 from triweave.kernels import tiles as tile_tables
+from triweave.kernels.attention_inputs import Tables, check_heads, check_intervals, table_of, unit_stride
 from triweave.kernels.backends import choose, triton_kernels
-from triweave.kernels.errors import KernelInputError
 from triweave.kernels.reference import accumulation_dtype
 
 _STRIP_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference_attention, "sdpa": sdpa_attention}
@@ -94,9 +92,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    gradients = torch.ops.triweave.attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    gradients = torch.ops.triweave.attention_backward(unit_stride(grad), *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *gradients, *(None,) * 5
 
 
@@ -110,7 +106,7 @@ def attention(
     kv_lo: Tensor,
     kv_hi: Tensor,
     *,
-    tiles: Mapping[str, Tensor | np.ndarray] | None = None,
+    tiles: Tables | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -140,34 +136,12 @@ def attention(
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    _check(q, k, v, kv_lo, kv_hi)
+    check_heads("attention", q, k, v)
+    check_intervals("attention", q, kv_lo=kv_lo, kv_hi=kv_hi)
     chosen = choose("attention", impl, q.device.type, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if chosen in _FOREIGN:
         return _FOREIGN[chosen].attention(q, k, v, kv_lo, kv_hi, scale)
-    table = None if tiles is None else tiles.get("tile_lists") if chosen == "triton" else tiles.get("segments")
-    table = None if table is None else torch.as_tensor(table)
+    table = table_of(tiles, "tile_lists" if chosen == "triton" else "segments")
     return torch.ops.triweave.attention(q, k, v, kv_lo, kv_hi, table, scale, chosen)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise KernelInputError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; they must be "
-            "[B, S, H, K], [B, T, G, K], [B, T, G, K]"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise KernelInputError(
-            f"attention: {q.shape[2]} query heads over {k.shape[2]} key/value heads; H must be a multiple of G"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise KernelInputError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
-    if kv_lo.shape != q.shape[:2] or kv_hi.shape != q.shape[:2]:
-        raise KernelInputError(
-            f"attention: kv_lo {tuple(kv_lo.shape)} and kv_hi {tuple(kv_hi.shape)} must be [B, S], {tuple(q.shape[:2])}"
-        )

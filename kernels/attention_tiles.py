@@ -69,7 +69,9 @@ CONFIGS: dict[str, dict[tuple[int, int], TileConfig]] = {
 
 SECTIONS = ("forward", "dq", "dkv")
 """Order of the kernels' lists in `tile_lists`."""
-HEADER = 3 * len(SECTIONS)
+TILE_SIZES = slice(len(SECTIONS), 3 * len(SECTIONS))
+"""Where `tile_lists` says which tiles it was made for."""
+_HEADER = 4 * len(SECTIONS)
 
 
 def tile_config(kernel: str, width: int, number_bytes: int) -> TileConfig:
@@ -95,12 +97,18 @@ def head_parts(width: int) -> tuple[int, int]:
 
 
 def tile_lists(
-    kv_lo: Intervals, kv_hi: Intervals, *, keys: int, width: int, number_bytes: int
+    kv_lo: Intervals, kv_hi: Intervals, *, keys: int, width: int, number_bytes: int, parts: int = 1
 ) -> npt.NDArray[np.int32]:
     """Return what the three kernels read: which tiles each of their programs visits, in one int32 [N].
 
-    The first three numbers say where each kernel's bounds begin, the next six are the kernels' tiles (query, key).
+    The first three numbers say where each kernel's bounds begin, the next six are the kernels' tiles (query, key), the
+    last three of the header where each kernel's order begins.
     Program n's bounds are (first, middle, end): positions here of the tiles it visits, [first, middle) without a mask.
+    The latter are one run of neighbours; intervals never leave a gap between a query tile's full tiles, and what lies
+    beyond one between a key tile's is visited with a mask.
+    An order has the programs of a batch row, those that visit most tiles first: what is begun last ends soon
+    (Graham 1969, longest processing time). parts: the intervals are of parts x B batch rows, and a program visits the
+    tiles of all parts.
     """
     configs = [tile_config(kernel, width, number_bytes) for kernel in SECTIONS]
     kv_hi = np.minimum(kv_hi, keys)
@@ -109,17 +117,23 @@ def tile_lists(
         size = (config.query_tile, config.key_tile)
         if size not in tables:
             tables[size] = tile_table(kv_lo, kv_hi, keys=keys, query_tile=size[0], key_tile=size[1])
-    pieces, starts, end = [], [], HEADER
+    batch, pieces, starts, orders, end = kv_lo.shape[0] // parts, [], [], [], _HEADER
     for kernel, config in zip(SECTIONS, configs, strict=True):
         table = tables[config.query_tile, config.key_tile]
         if kernel == "dkv":
-            section = _section(table.key_offsets, table.query_tiles_of_key, table.key_full, end)
+            offsets, visited = table.key_offsets, table.query_tiles_of_key
+            full = table.key_full * (visited < kv_lo.shape[1] // config.query_tile)  # a part of a tile needs a mask
         else:
-            section = _section(table.query_offsets, table.key_tiles, table.query_full, end)
-        pieces.append(section)
+            offsets, visited, full = table.query_offsets, table.key_tiles, table.query_full
+        section = _section(offsets, visited, full, end)
+        visits = np.diff(offsets).reshape(parts, batch, (offsets.size - 1) // max(1, parts * batch)).sum(0)
+        order = np.argsort(-visits, axis=1, kind="stable").reshape(-1)
+        pieces += [section, order]
         starts.append(end)
-        end += section.size
-    return np.concatenate([np.array(starts + tile_sizes(width, number_bytes), dtype=np.int32), *pieces])
+        orders.append(end + section.size)
+        end += section.size + order.size
+    header = [*starts, *tile_sizes(width, number_bytes), *orders]
+    return np.concatenate([header, *pieces]).astype(np.int32)
 
 
 def attention_tables(
@@ -132,11 +146,17 @@ def attention_tables(
 def _section(
     offsets: npt.NDArray[np.int32], visited: npt.NDArray[np.int32], full: npt.NDArray[np.int8], position: int
 ) -> npt.NDArray[np.int32]:
-    """Return a kernel's bounds [3 * programs] and then the tiles, each program's full ones first."""
+    """Return a kernel's bounds [3 * programs] and then the tiles, each program's first run of full ones first."""
     programs = offsets.size - 1
     program = np.repeat(np.arange(programs), np.diff(offsets))
-    order = np.lexsort((visited, 1 - full, program))
-    full_counts = np.bincount(program, weights=full, minlength=programs).astype(np.int64)
+    full_before = np.concatenate([[0], np.cumsum(full)])
+    rank = full_before[:-1] - full_before[offsets[program]]
+    first_full = np.full(programs, -1, dtype=np.int64)
+    opens = (full > 0) & (rank == 0)
+    first_full[program[opens]] = visited[opens]
+    in_run = (full > 0) & (visited == first_full[program] + rank)
+    order = np.lexsort((visited, ~in_run, program))
+    full_counts = np.bincount(program, weights=in_run, minlength=programs).astype(np.int64)
     first = position + 3 * programs + offsets[:-1].astype(np.int64)
     bounds = np.stack([first, first + full_counts, first + np.diff(offsets)], axis=1)
     return np.concatenate([bounds.reshape(-1), visited[order]]).astype(np.int32)

@@ -7,8 +7,8 @@
 No atomics, so the backward is deterministic and computes s and g . v twice: 7 matrix products where 5 would do.
 With a gate t [H] (cross_attention.py) out_i, dq, dk and dv are t times that. What is gated is then stored nowhere: its
 product with g_i is summed from p_ij (g_i . v_j) in a pass of its own over the tiles, 9 products in all.
-A program visits the live tiles of its row (or column) of the mask, those without mask arithmetic first. Heads are
-loaded in two parts, K0 + K1 wide, both powers of two: a head of 72, 80 or 96 numbers costs 80, 80 or 96 and not 128.
+A program visits the live tiles of its row (or column) of the mask, those without mask arithmetic first;
+heads_triton.py has what happens to each.
 Scores, softmax and sums are in fp32; the weights p and ds are rounded to the inputs' type before they are multiplied.
 Sources: Dao 2023, FlashAttention-2; Milakov and Gimelshein 2018 (running softmax).
 """
@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triweave.kernels.attention_tiles import (
-    HEADER,
-    SECTIONS,
+    TILE_SIZES,
     WIDEST_HEAD,
     head_parts,
     tile_config,
@@ -33,73 +32,25 @@ from triweave.kernels.attention_tiles import (
     tile_sizes,
 )
 from triweave.kernels.errors import KernelInputError, KernelUnavailableError
+from triweave.kernels.heads_triton import (
+    add_product,
+    add_queries,
+    attend_to_keys,
+    base_2,
+    head_offset,
+    load_head,
+    run_start,
+    score_gradients,
+    store_head,
+    turn,
+    visited_tile,
+)
 from triweave.kernels.tuning.pinned import use_device
 
 WIDEST_LOAD = 8
 """Numbers in a 16-byte load in 16 bit."""
 
 # Kernels. `table` is what attention_tiles.tile_lists made.
-
-
-@triton.jit
-def head_offset(head, stride, HEAD_UNIT: tl.constexpr):
-    """Return where a head's numbers begin, a multiple of HEAD_UNIT numbers.
-
-    Triton notices strides that are multiples of 16 and no others: without this a head of 72 is loaded number by number.
-    """
-    return tl.multiple_of(head * stride, HEAD_UNIT)
-
-
-@triton.jit
-def _load_head(rows, inside, WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """Load both parts of the heads that `rows` [N, 1] points to; 0 beyond WIDTH, and outside where CHECK_ROWS."""
-    columns = tl.arange(0, K0)
-    if K0 > WIDTH:
-        x0 = tl.load(rows + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        x0 = tl.load(rows + columns[None, :], mask=inside[:, None], other=0.0)
-    else:
-        x0 = tl.load(rows + columns[None, :])
-    x1 = x0
-    if K1 > 0:
-        others = K0 + tl.arange(0, K1)
-        if K0 + K1 > WIDTH:
-            x1 = tl.load(rows + others[None, :], mask=inside[:, None] & (others < WIDTH)[None, :], other=0.0)
-        elif CHECK_ROWS:
-            x1 = tl.load(rows + others[None, :], mask=inside[:, None], other=0.0)
-        else:
-            x1 = tl.load(rows + others[None, :])
-    return x0, x1
-
-
-@triton.jit
-def _store_head(rows, inside, x0, x1, WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
-    """Store both parts, rounded to the type of the tensor that `rows` [N, 1] points to."""
-    columns = tl.arange(0, K0)
-    element = rows.dtype.element_ty
-    tl.store(rows + columns[None, :], x0.to(element), mask=inside[:, None] & (columns < WIDTH)[None, :])
-    if K1 > 0:
-        others = K0 + tl.arange(0, K1)
-        tl.store(rows + others[None, :], x1.to(element), mask=inside[:, None] & (others < WIDTH)[None, :])
-
-
-@triton.jit
-def _along_head(a0, a1, b0, b1, K1: tl.constexpr):
-    """Return a b^T, summed over the head width."""
-    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
-    if K1 > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def _add_product(sum0, sum1, weights, b0, b1, K1: tl.constexpr):
-    """Return sum + weights b, the weights rounded to b's type."""
-    rounded = weights.to(b0.dtype)
-    sum0 = tl.dot(rounded, b0, sum0, input_precision="ieee")
-    if K1 > 0:
-        sum1 = tl.dot(rounded, b1, sum1, input_precision="ieee")
-    return sum0, sum1
 
 
 @triton.jit
@@ -110,17 +61,17 @@ def forward_kernel(
     WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, HEAD_UNIT: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of one tile of query rows of head h of batch row b; grid (query tiles, H, B)."""
-    tile = tl.program_id(0)
+    """Write out and lse of one tile of query rows of head h of batch row b; grid (query tiles, H, B). scale > 0."""
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 0, b)
     heads = tl.num_programs(1)
     rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     in_rows = rows < S
     lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
     hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
     q_rows = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT) + rows.to(tl.int64)[:, None] * stride_qs
-    q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
+    q0, q1 = load_head(q_rows, in_rows, WIDTH, K0, K1, True)
     local_keys = tl.arange(0, KEY_TILE)
     g = h // heads_per_group
     k_base = k_ptr + b * stride_kb + head_offset(g, stride_kg, HEAD_UNIT)
@@ -131,41 +82,27 @@ def forward_kernel(
     sum1 = tl.full([QUERY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     bounds = table_ptr + tl.load(table_ptr) + 3 * (b * tl.num_programs(0) + tile)
     for MASKED in tl.static_range(2):
-        for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-            start = tl.load(table_ptr + entry) * KEY_TILE
+        first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+        run = run_start(table_ptr, first, end)
+        for entry in tl.range(first, end):
+            start = visited_tile(table_ptr, entry, run, MASKED) * KEY_TILE
             keys = start + local_keys
             in_keys = keys < T
             k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
-            k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
-            # base 2: exp2 is the one instruction that the hardware has
-            scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
-            if MASKED:
-                seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            shift = new_peak
-            if MASKED:  # a row that has seen no key yet
-                shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = tl.exp2(scores - shift[:, None])
-            decay = tl.exp2(peak - shift)
-            total = total * decay + tl.sum(weights, 1)
-            sum0 = sum0 * decay[:, None]
-            if K1 > 0:
-                sum1 = sum1 * decay[:, None]
             v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
-            v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
-            sum0, sum1 = _add_product(sum0, sum1, weights, v0, v1, K1)
-            peak = new_peak
+            peak, total, sum0, sum1 = attend_to_keys(
+                peak, total, sum0, sum1, q0, q1, k_rows, v_rows, keys, in_keys, lo, hi, scale, WIDTH, K0, K1, MASKED
+            )
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+    lse = tl.where(empty, float("-inf"), peak * scale + tl.log(total))
     tl.store(lse_ptr + (b * heads + h) * S + rows, lse, mask=in_rows)
     out_rows = out_ptr + ((b * S + rows)[:, None] * heads + h) * WIDTH
     sum0, sum1 = sum0 / total[:, None], sum1 / total[:, None]
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + h)
         sum0, sum1 = sum0 * gate, sum1 * gate
-    _store_head(out_rows, in_rows, sum0, sum1, WIDTH, K0, K1)
+    store_head(out_rows, in_rows, sum0, sum1, WIDTH, K0, K1)
 
 
 @triton.jit
@@ -181,9 +118,9 @@ def dq_kernel(
 
     With a gate delta is the sum of p_ij (g_i . v_j), a first pass over the tiles, and out_ptr is not read.
     """
-    tile = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 1, b)
     heads = tl.num_programs(1)
     rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     in_rows = rows < S
@@ -191,21 +128,19 @@ def dq_kernel(
     hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
     wide_rows = rows.to(tl.int64)[:, None]
     q_rows = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT) + wide_rows * stride_qs
-    q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
+    q0, q1 = load_head(q_rows, in_rows, WIDTH, K0, K1, True)
     grad_rows = grad_ptr + b * stride_gb + head_offset(h, stride_gh, HEAD_UNIT) + wide_rows * stride_gs
-    g0, g1 = _load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
+    g0, g1 = load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
     packed_rows = ((b * S + rows)[:, None] * heads + h) * WIDTH
     if gate_ptr is None:
-        out0, out1 = _load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
+        out0, out1 = load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
         delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), 1)
         if K1 > 0:
             delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), 1)
     else:
         delta = tl.full([QUERY_TILE], 0.0, tl.float32)
     lse_rows = (b * heads + h) * S + rows
-    lse = tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf"))
-    # +inf makes every weight of an empty row 0, where -inf would make it inf
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    lse = base_2(tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf")))
     local_keys = tl.arange(0, KEY_TILE)
     group = h // heads_per_group
     k_base = k_ptr + b * stride_kb + head_offset(group, stride_kg, HEAD_UNIT)
@@ -217,30 +152,26 @@ def dq_kernel(
         if LAST:
             tl.store(delta_ptr + lse_rows, delta, mask=in_rows)
         for MASKED in tl.static_range(2):
-            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-                start = tl.load(table_ptr + entry) * KEY_TILE
+            first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+            run = run_start(table_ptr, first, end)
+            for entry in tl.range(first, end):
+                start = visited_tile(table_ptr, entry, run, MASKED) * KEY_TILE
                 keys = start + local_keys
                 in_keys = keys < T
                 k_rows = k_base + start.to(tl.int64) * stride_kt + local_keys[:, None] * stride_kt
                 v_rows = v_base + start.to(tl.int64) * stride_vt + local_keys[:, None] * stride_vt
-                k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
-                v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
-                scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
-                weights = tl.exp2(scores - lse[:, None])
-                dscores = _along_head(g0, g1, v0, v1, K1)
+                k0, k1 = load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
+                v0, v1 = load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
+                dscores = score_gradients(
+                    q0, q1, g0, g1, k0, k1, v0, v1, lse, delta if LAST else None, keys, lo, hi, scale, K1, MASKED
+                )
                 if LAST:
-                    dscores = dscores - delta[:, None]
-                dscores = weights * dscores
-                if MASKED:
-                    seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-                    dscores = tl.where(seen, dscores, 0.0)
-                if LAST:
-                    dq0, dq1 = _add_product(dq0, dq1, dscores, k0, k1, K1)
+                    dq0, dq1 = add_product(dq0, dq1, dscores, k0, k1, K1)
                 else:
                     delta += tl.sum(dscores, 1)
     if gate_ptr is not None:
         scale = scale * tl.load(gate_ptr + h)
-    _store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
+    store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
 
 
 @triton.jit
@@ -253,17 +184,17 @@ def dkv_kernel(
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of keys, over the query heads of its group in order; grid (key tiles, G, B)."""
-    tile = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 2, b)
     groups = tl.num_programs(1)
     keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     in_keys = keys < T
     wide_keys = keys.to(tl.int64)[:, None]
     k_rows = k_ptr + b * stride_kb + head_offset(g, stride_kg, HEAD_UNIT) + wide_keys * stride_kt
-    k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, True)
+    k0, k1 = load_head(k_rows, in_keys, WIDTH, K0, K1, True)
     v_rows = v_ptr + b * stride_vb + head_offset(g, stride_vg, HEAD_UNIT) + wide_keys * stride_vt
-    v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, True)
+    v0, v1 = load_head(v_rows, in_keys, WIDTH, K0, K1, True)
     dk0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
     dk1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     dv0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
@@ -275,34 +206,26 @@ def dkv_kernel(
         q_base = q_ptr + b * stride_qb + head_offset(h, stride_qh, HEAD_UNIT)
         grad_base = grad_ptr + b * stride_gb + head_offset(h, stride_gh, HEAD_UNIT)
         lse_row = (b * groups * heads_per_group + h) * S
+        opening = None
+        if gate_ptr is not None:  # heads of a group differ in it
+            opening = tl.load(gate_ptr + h)
         for MASKED in tl.static_range(2):
-            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-                start = tl.load(table_ptr + entry) * QUERY_TILE
+            first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+            run = run_start(table_ptr, first, end)
+            for entry in tl.range(first, end):
+                start = visited_tile(table_ptr, entry, run, MASKED) * QUERY_TILE
                 rows = start + local_rows
                 in_rows = rows < S
                 q_rows = q_base + start.to(tl.int64) * stride_qs + local_rows[:, None] * stride_qs
                 grad_rows = grad_base + start.to(tl.int64) * stride_gs + local_rows[:, None] * stride_gs
-                q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
-                g0, g1 = _load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
-                lse = tl.load(lse_ptr + lse_row + rows, mask=in_rows, other=float("-inf"))
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-                delta = tl.load(delta_ptr + lse_row + rows, mask=in_rows, other=0.0)
-                scores = _along_head(k0, k1, q0, q1, K1) * (scale * 1.4426950408889634)
-                weights = tl.exp2(scores - lse[None, :])
-                if gate_ptr is not None:  # heads of a group differ in it
-                    weights = weights * tl.load(gate_ptr + h)
-                dscores = weights * (_along_head(v0, v1, g0, g1, K1) - delta[None, :])
-                if MASKED:
-                    lo = tl.load(lo_ptr + b * S + rows, mask=in_rows, other=0)
-                    hi = tl.load(hi_ptr + b * S + rows, mask=in_rows, other=0)
-                    seen = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :])
-                    weights = tl.where(seen, weights, 0.0)
-                    dscores = tl.where(seen, dscores, 0.0)
-                dv0, dv1 = _add_product(dv0, dv1, weights, g0, g1, K1)
-                dk0, dk1 = _add_product(dk0, dk1, dscores, q0, q1, K1)
+                dk0, dk1, dv0, dv1 = add_queries(
+                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, grad_rows,
+                    lse_ptr + lse_row + rows, delta_ptr + lse_row + rows, opening,
+                    lo_ptr + b * S + rows, hi_ptr + b * S + rows, keys, in_rows, scale, WIDTH, K0, K1, MASKED,
+                )  # fmt: skip
     packed_keys = ((b * T + keys)[:, None] * groups + g) * WIDTH
-    _store_head(dk_ptr + packed_keys, in_keys, dk0 * scale, dk1 * scale, WIDTH, K0, K1)
-    _store_head(dv_ptr + packed_keys, in_keys, dv0, dv1, WIDTH, K0, K1)
+    store_head(dk_ptr + packed_keys, in_keys, dk0 * scale, dk1 * scale, WIDTH, K0, K1)
+    store_head(dv_ptr + packed_keys, in_keys, dv0, dv1, WIDTH, K0, K1)
 
 
 # Launchers
@@ -343,7 +266,7 @@ def launch_forward(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse), out times gate [H] (fp32) if there is one; `op` is named in errors."""
-    _check_served(op, q)
+    check_served(op, q)
     use_device(q.device)
     batch, rows, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -351,7 +274,8 @@ def launch_forward(
     if out.numel() == 0:
         return out, lse
     table = _device_lists(op, lists, q, k, kv_lo, kv_hi)
-    q, k, v = (_addressable(x) for x in (q, k, v))
+    q, scale = with_positive_scale(q, scale)
+    q, k, v = (addressable(x) for x in (q, k, v))
     lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=k.shape[1]).int().contiguous()
     config = tile_config("forward", width, q.element_size())
     with torch.cuda.device_of(q):
@@ -382,7 +306,7 @@ def launch_backward(
 
     delta is grad . attention, the latter without the gate.
     """
-    _check_served(op, q)
+    check_served(op, q)
     use_device(q.device)
     batch, rows, heads, width = q.shape
     keys, groups = k.shape[1:3]
@@ -391,7 +315,7 @@ def launch_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
     table = _device_lists(op, lists, q, k, kv_lo, kv_hi)
-    grad, q, k, v = (_addressable(x) for x in (grad.to(q.dtype), q, k, v))
+    grad, q, k, v = (addressable(x) for x in (grad.to(q.dtype), q, k, v))
     lo, hi = kv_lo.int().contiguous(), kv_hi.clamp(max=keys).int().contiguous()
     lse, out = lse.contiguous(), None if out is None else out.contiguous()
     strides = (*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -433,7 +357,7 @@ def launch_options(kernel: str, width: int, number_bytes: int) -> dict[str, int 
     }
 
 
-def _check_served(op: str, q: Tensor) -> None:
+def check_served(op: str, q: Tensor) -> None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise KernelUnavailableError(
             f"{op}: impl='triton' cannot serve {q.dtype}, only float32, float16 and bfloat16; use reference"
@@ -444,7 +368,14 @@ def _check_served(op: str, q: Tensor) -> None:
         )
 
 
-def _addressable(x: Tensor) -> Tensor:
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return (q, scale) with the same product and a scale that the forward takes; exact."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+
+
+def addressable(x: Tensor) -> Tensor:
     """Return x, or a copy of it if a tile of it does not lie within 2^31 numbers or a head is not contiguous."""
     return x if x.stride(3) == 1 and x.stride(1) * 256 < 2**31 else x.contiguous()
 
@@ -455,6 +386,6 @@ def _device_lists(op: str, lists: Tensor | None, q: Tensor, k: Tensor, kv_lo: Te
     if lists is None:
         made = tile_lists(kv_lo.cpu().numpy(), kv_hi.cpu().numpy(), keys=keys, width=width, number_bytes=size)
         return torch.from_numpy(made).to(q.device)
-    if lists.device.type == "cpu" and lists[len(SECTIONS) : HEADER].tolist() != tile_sizes(width, size):
+    if lists.device.type == "cpu" and lists[TILE_SIZES].tolist() != tile_sizes(width, size):
         raise KernelInputError(f"{op}: the tile lists are for another head width or dtype; make them anew")
     return lists.to(q.device, non_blocking=True)

@@ -57,8 +57,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "flex", "reference")}
 """Device type -> what `auto` tries there, in this order; on any other device it takes the reference."""
 
-UNMEASURED = {"low_rank_fusion"}
-"""Ops whose Triton kernel `auto` leaves alone, for torch serves until somebody has measured otherwise."""
+NO_FASTER = {"low_rank_fusion"}
+"""Ops whose Triton kernel `auto` leaves alone: results/h100.json has 1.34 times torch's time forward, 0.83 backward."""
 
 CHECKED_ON = {"cuda"}
 """Device types where a Triton kernel serves only after its self-check."""
@@ -155,8 +155,8 @@ def _automatic(op: str, device_type: str, interpret: bool, subject: tuple[torch.
     for name in AUTO.get(device_type, ()):
         if name not in IMPLEMENTATIONS[op] or _why_not_here(name, device_type, interpret):
             continue
-        if name == "triton" and op in UNMEASURED:
-            passed_over.append("triton is out: whether it is faster has not been measured")
+        if name == "triton" and op in NO_FASTER:
+            passed_over.append("triton is out: it was no faster where it was measured")
             continue
         refusal = _why_not_for(op, name, device_type, subject)
         if refusal is None:

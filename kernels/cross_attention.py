@@ -6,17 +6,17 @@ Sources: Alayrac et al. 2022, Flamingo (gated cross-attention to the latest medi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from triweave.kernels import reference_attention, reference_cross_attention, sdpa_attention
 from triweave.kernels import tiles as tile_tables
+from triweave.kernels.attention_inputs import Tables, check_heads, check_intervals, table_of, unit_stride
 from triweave.kernels.backends import choose, triton_kernels
 from triweave.kernels.errors import KernelInputError
 from triweave.kernels.reference import accumulation_dtype
@@ -139,7 +139,7 @@ def cross_attention(
     media_hi: Tensor,
     gate: Tensor,
     *,
-    tiles: Mapping[str, Tensor | np.ndarray] | None = None,
+    tiles: Tables | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -168,15 +168,16 @@ def cross_attention(
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("cross_attention", impl, q.device.type, q.dtype, q.shape[-1])
     _check(q, k, v, media_lo, media_hi, gate)
-    table = None if tiles is None else tiles.get("tile_lists") if chosen == "triton" else tiles["segments"]
+    chosen = choose("cross_attention", impl, q.device.type, q.dtype, q.shape[-1])
     out: Tensor = torch.ops.triweave.cross_attention(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
         media_lo,
         media_hi,
         gate,
-        None if table is None else torch.as_tensor(table),
+        table_of(tiles, "tile_lists" if chosen == "triton" else "segments"),
         q.shape[-1] ** -0.5 if scale is None else scale,
         chosen,
     )[0]
@@ -184,22 +185,8 @@ def cross_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, media_lo: Tensor, media_hi: Tensor, gate: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise KernelInputError(
-            f"cross_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; they must be "
-            "[B, S, H, K], [B, T, G, K], [B, T, G, K]"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise KernelInputError(
-            f"cross_attention: {q.shape[2]} query heads over {k.shape[2]} key/value heads; H must be a multiple of G"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise KernelInputError(f"cross_attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
-    if media_lo.shape != q.shape[:2] or media_hi.shape != q.shape[:2]:
-        raise KernelInputError(
-            f"cross_attention: media_lo {tuple(media_lo.shape)} and media_hi {tuple(media_hi.shape)} must be [B, S], "
-            f"{tuple(q.shape[:2])}"
-        )
+    check_heads("cross_attention", q, k, v)
+    check_intervals("cross_attention", q, media_lo=media_lo, media_hi=media_hi)
     if gate.shape != q.shape[2:3] or not gate.dtype.is_floating_point:
         raise KernelInputError(
             f"cross_attention: gate is {gate.dtype} {tuple(gate.shape)}; it must be floating-point [H], ({q.shape[2]},)"

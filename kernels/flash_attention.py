@@ -6,8 +6,9 @@ window, a prefix or a media axis they cannot, and the rows concerned are named i
 before the call and put back after it, so nothing of them is read. The intervals are read on the host, which waits for
 the device at every call. The backward is flash-attn's own, in its deterministic form.
 
-It needs a CUDA device, and this project has not executed it on one: it is tested against a stand-in of the package's
-interface. Sources: Dao 2023, FlashAttention-2; the interfaces of flash_attn and flash_attn.cute (Dao-AILab).
+This project has not executed it: the H100 it was lent had no flash-attn package, and it is tested against a stand-in of
+the package's interface.
+Sources: Dao 2023, FlashAttention-2; the interfaces of flash_attn and flash_attn.cute (Dao-AILab).
 """
 
 from __future__ import annotations

@@ -24,9 +24,12 @@ NARROWEST_HEAD, WIDEST_HEAD = 16, 256
 """Heads that its compiled kernels take, and the widest that this project has a use for."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, scale: float, *, mask: Any = None
+) -> tuple[Tensor, Tensor]:
     """Return (out [B, S, H, K], lse [B, H, S]) as `attention` does; the backward is FlexAttention's own.
 
+    mask: what `block_mask` made of these very intervals, else it is made here.
     Raises KernelUnavailableError where FlexAttention cannot serve the dtype, the head width or the backward.
     """
     _check_served(q, k, v)
@@ -39,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, sca
     flex = _compiled() if q.device.type == "cuda" and not torch.compiler.is_compiling() else _flex
     with torch.autocast(q.device.type, enabled=False):
         out, lse = flex(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask(kv_lo, kv_hi, k.shape[1]), scale
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask or block_mask(kv_lo, kv_hi, k.shape[1]), scale
         )
     assert lse is not None  # asked for
     return out.transpose(1, 2).contiguous(), lse.detach().to(accumulation_dtype(q.dtype))

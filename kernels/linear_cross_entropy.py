@@ -138,7 +138,7 @@ def linear_cross_entropy(
     once, with respect to hidden and weight; the other two are measurements.
 
     At most max(V, reference.LOGITS_PER_CHUNK) logits exist at once; with `triton` none do, only gradients of at most
-    max(128 N, LOGITS_PER_CHUNK). Where a gradient is needed the forward stores it, [N, D] and [V, D], summed over
+    max(128 N, 4 LOGITS_PER_CHUNK). Where a gradient is needed the forward stores it, [N, D] and [V, D], summed over
     chunks in fp32 whatever the dtype; under no_grad no gradient work is done. The weight is not read after the forward.
     N = 0 gives exact zeros and zero gradients. Autocast changes nothing here. `triton` takes fp32, fp16 and bf16.
     A target outside the vocabulary or a row_index outside hidden is torch's error; with `triton` such a target, and

@@ -6,7 +6,7 @@
 
 `statistics_kernel` is a matrix product that writes the log-sum-exp of each row of a tile instead of its logits, and the
 logit of the target: N V / COLUMNS numbers, which are then merged. Under no_grad that is all. Else
-`logit_gradient_kernel` makes the logits of one block of the vocabulary again and from them its gradients, at most
+`logit_gradient_kernel` makes the logits of one block of the vocabulary again and from them its gradients, a few times
 reference.LOGITS_PER_CHUNK numbers in hidden's dtype, and `product_kernel` multiplies these with weight and hidden: four
 matrix products where three would do if the logits were kept. In return a weight gradient is one sum, written once and
 rounded once, with no fp32 copy of the weight's size, and the weight is read three times in all. (Chunks of rows, as in
@@ -50,6 +50,10 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
 Tiles are ROWS x COLUMNS, summed DEPTH at a time; GROUP of them, one below the other, run together, for what they share
 to stay in the cache. The COLUMNS of logit_gradient_kernel are a multiple of product_kernel's ROWS and DEPTH.
 """
+
+CUDA_CHUNKS = 4
+"""Times reference.LOGITS_PER_CHUNK logit gradients that a CUDA device holds at once, 64 MiB in 16 bit; a CPU holds one.
+Each block of the vocabulary reads and writes the rows' fp32 sums once."""
 
 
 # Kernels
@@ -290,7 +294,8 @@ def _gradients(
         return
     config = CONFIGS["logit_gradient_kernel"][rows.element_size()]
     row_tiles = triton.cdiv(count, config["ROWS"])
-    most_tiles = max(1, reference.LOGITS_PER_CHUNK // (count * config["COLUMNS"]))
+    chunk = reference.LOGITS_PER_CHUNK * (CUDA_CHUNKS if rows.is_cuda else 1)
+    most_tiles = max(1, chunk // (count * config["COLUMNS"]))
     block_tiles = min(most_tiles, triton.cdiv(vocabulary, config["COLUMNS"]))
     block = block_tiles * config["COLUMNS"]
     index, target = row_index.contiguous(), targets.contiguous()

@@ -7,16 +7,16 @@ DeepSpeed-VisualChat (multi-modal causal attention, section 4.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from triweave.kernels import mmca_tiles, reference_attention, reference_mmca, sdpa_attention
 from triweave.kernels import tiles as tile_tables
+from triweave.kernels.attention_inputs import Tables, check_heads, table_of, unit_stride
 from triweave.kernels.backends import choose, triton_kernels
 from triweave.kernels.errors import KernelInputError
 from triweave.kernels.reference import accumulation_dtype
@@ -120,9 +120,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    gradients = torch.ops.triweave.mmca_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    gradients = torch.ops.triweave.mmca_backward(unit_stride(grad), *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *gradients, *(None,) * 9
 
 
@@ -138,7 +136,7 @@ def mmca(
     key_modality: Tensor,
     query_modality: Tensor,
     *,
-    tiles: Mapping[str, Tensor | np.ndarray] | None = None,
+    tiles: Tables | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -171,20 +169,18 @@ def mmca(
 
     Raises KernelInputError if shapes or dtypes do not fit, KernelUnavailableError if `impl` cannot serve.
     """
-    chosen = choose("mmca", impl, q.device.type, q.dtype, q.shape[-1])
     _check(q, k, v, kv_lo, kv_hi, key_modality, query_modality)
-    names = ("mmca_layout", "mmca_tile_lists" if chosen == "triton" else "mmca_segments")
-    layout, table = (None if tiles is None else tiles.get(name) for name in names)
+    chosen = choose("mmca", impl, q.device.type, q.dtype, q.shape[-1])
     out, _, _ = torch.ops.triweave.mmca(
-        _unit_stride(q),
-        _unit_stride(k),
-        _unit_stride(v),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
         kv_lo,
         kv_hi,
         key_modality,
         query_modality,
-        None if layout is None else torch.as_tensor(layout),
-        None if table is None else torch.as_tensor(table),
+        table_of(tiles, "mmca_layout"),
+        table_of(tiles, "mmca_tile_lists" if chosen == "triton" else "mmca_segments"),
         q.shape[-1] ** -0.5 if scale is None else scale,
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         chosen,
@@ -192,24 +188,10 @@ def mmca(
     return out
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, kv_lo: Tensor, kv_hi: Tensor, key_modality: Tensor, query_modality: Tensor
 ) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise KernelInputError(
-            f"mmca: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; they must be "
-            "[B, S, H, K], [B, T, G, K], [B, T, G, K]"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise KernelInputError(
-            f"mmca: {q.shape[2]} query heads over {k.shape[2]} key/value heads; H must be a multiple of G"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise KernelInputError(f"mmca: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
+    check_heads("mmca", q, k, v)
     for name, x, shape, letters in (
         ("kv_lo", kv_lo, q.shape[:2], "[B, S]"),
         ("kv_hi", kv_hi, q.shape[:2], "[B, S]"),

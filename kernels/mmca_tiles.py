@@ -88,5 +88,6 @@ def triton_tables(
     """Return the per-pack tables that `mmca(tiles=..., impl="triton")` takes; for `post_pack` in a loader worker."""
     made = layout(kv_lo, kv_hi, key_modality, query_modality)
     keys = key_modality.shape[1]
-    lists = tile_lists(*class_intervals(made, keys), keys=keys, width=width, number_bytes=number_bytes)
+    intervals = class_intervals(made, keys)
+    lists = tile_lists(*intervals, keys=keys, width=width, number_bytes=number_bytes, parts=CLASSES)
     return {"mmca_layout": made, "mmca_tile_lists": lists}

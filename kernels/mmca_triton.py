@@ -9,8 +9,8 @@ its work is that of attention. A program does the text keys, then the media keys
 memory, where the backward needs it, and is added at the end. The forward reads queries in place; k and v, and in the
 backward q and out's gradient, are copied to their positions first, a read and a write of each; results are written
 in place.
-Deterministic, no atomics: 7 matrix products in the backward where 5 would do. Inner loops, sums and rounding are those
-of attention_triton.py. Source of the op: Yao et al. 2023, DeepSpeed-VisualChat.
+Deterministic, no atomics: 7 matrix products in the backward where 5 would do. Inner loops, sums and rounding are
+attention's (heads_triton.py). Source of the op: Yao et al. 2023, DeepSpeed-VisualChat.
 """
 
 # Triton itself types a kernel's arguments, at launch.
@@ -23,17 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triweave.kernels.attention_tiles import HEADER, SECTIONS, tile_config, tile_lists, tile_sizes
-from triweave.kernels.attention_triton import (
-    _add_product,
-    _addressable,
-    _along_head,
-    _check_served,
-    _load_head,
-    _store_head,
-    launch_options,
-)
+from triweave.kernels.attention_tiles import TILE_SIZES, tile_config, tile_lists, tile_sizes
+from triweave.kernels.attention_triton import addressable, check_served, launch_options, with_positive_scale
 from triweave.kernels.errors import KernelInputError
+from triweave.kernels.heads_triton import (
+    add_product,
+    add_queries,
+    attend_to_keys,
+    base_2,
+    load_head,
+    run_start,
+    score_gradients,
+    store_head,
+    turn,
+    visited_tile,
+)
 from triweave.kernels.mmca_tiles import CLASSES, class_intervals
 from triweave.kernels.reference_mmca import in_order
 
@@ -50,15 +54,15 @@ def forward_kernel(
 
     text_ptr may be out_ptr: A_text is then overwritten by out.
     """
-    tile = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 0, b)
     heads = tl.num_programs(1)
     rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     in_rows = rows < S
     layout_row = layout_ptr + b * (T + 5 * S) + T
     place = tl.load(layout_row + rows, mask=in_rows, other=0).to(tl.int64)[:, None]
-    q0, q1 = _load_head(q_ptr + b * stride_qb + h * stride_qh + place * stride_qs, in_rows, WIDTH, K0, K1, True)
+    q0, q1 = load_head(q_ptr + b * stride_qb + h * stride_qh + place * stride_qs, in_rows, WIDTH, K0, K1, True)
     local_keys = tl.arange(0, KEY_TILE)
     kv_base = b * T * stride_t + h // heads_per_group * WIDTH
     k_base, v_base = k_ptr + kv_base, v_ptr + kv_base
@@ -72,47 +76,33 @@ def forward_kernel(
         bounds = table_ptr + tl.load(table_ptr)
         bounds += 3 * ((part * tl.num_programs(2) + b) * tl.num_programs(0) + tile)
         for MASKED in tl.static_range(2):
-            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-                start = tl.load(table_ptr + entry) * KEY_TILE
+            first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+            run = run_start(table_ptr, first, end)
+            for entry in tl.range(first, end):
+                start = visited_tile(table_ptr, entry, run, MASKED) * KEY_TILE
                 keys = start + local_keys
                 in_keys = keys < T
                 k_rows = k_base + start.to(tl.int64) * stride_t + local_keys[:, None] * stride_t
                 v_rows = v_base + start.to(tl.int64) * stride_t + local_keys[:, None] * stride_t
-                k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
-                # base 2: exp2 is the one instruction that the hardware has
-                scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
-                if MASKED:
-                    seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-                    scores = tl.where(seen, scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, 1))
-                shift = new_peak
-                if MASKED:  # a row that has seen no key yet
-                    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                weights = tl.exp2(scores - shift[:, None])
-                decay = tl.exp2(peak - shift)
-                total = total * decay + tl.sum(weights, 1)
-                sum0 = sum0 * decay[:, None]
-                if K1 > 0:
-                    sum1 = sum1 * decay[:, None]
-                v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
-                sum0, sum1 = _add_product(sum0, sum1, weights, v0, v1, K1)
-                peak = new_peak
+                peak, total, sum0, sum1 = attend_to_keys(
+                    peak, total, sum0, sum1, q0, q1, k_rows, v_rows, keys, in_keys, lo, hi, scale, WIDTH, K0, K1, MASKED
+                )
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         # the rows again, by the table's copy of QUERY_TILE: all that follows from them would stay in registers
         ended = tile * tl.load(table_ptr + 3) + tl.arange(0, QUERY_TILE)
         in_ended = ended < S
-        lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+        lse = tl.where(empty, float("-inf"), peak * scale + tl.log(total))
         tl.store(lse_ptr + ((part * tl.num_programs(2) + b) * heads + h) * S + ended, lse, mask=in_ended)
         sum0, sum1 = sum0 / total[:, None], sum1 / total[:, None]
         home = tl.load(layout_row + ended, mask=in_ended, other=0).to(tl.int64)[:, None]
         packed_rows = ((b * S + home) * heads + h) * WIDTH
         if part == 0:
-            _store_head(text_ptr + packed_rows, in_ended, sum0, sum1, WIDTH, K0, K1)
+            store_head(text_ptr + packed_rows, in_ended, sum0, sum1, WIDTH, K0, K1)
         else:
             tl.debug_barrier()  # A_text may come back to other threads than wrote it
-            text0, text1 = _load_head(text_ptr + packed_rows, in_ended, WIDTH, K0, K1, True)
-            _store_head(out_ptr + packed_rows, in_ended, sum0 + text0, sum1 + text1, WIDTH, K0, K1)
+            text0, text1 = load_head(text_ptr + packed_rows, in_ended, WIDTH, K0, K1, True)
+            store_head(out_ptr + packed_rows, in_ended, sum0 + text0, sum1 + text1, WIDTH, K0, K1)
 
 
 @triton.jit
@@ -122,9 +112,9 @@ def dq_kernel(
     WIDTH: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
     """Write dq, and delta = g . A of both classes for the other kernel, of one tile; grid (query tiles, H, B)."""
-    tile = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 1, b)
     heads = tl.num_programs(1)
     rows = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     in_rows = rows < S
@@ -132,10 +122,10 @@ def dq_kernel(
     place = tl.load(layout_row + rows, mask=in_rows, other=0).to(tl.int64)[:, None]
     packed_rows = ((b * S + place) * heads + h) * WIDTH
     query_rows = ((b * S + rows)[:, None] * heads + h) * WIDTH
-    q0, q1 = _load_head(q_ptr + query_rows, in_rows, WIDTH, K0, K1, True)
-    g0, g1 = _load_head(grad_ptr + query_rows, in_rows, WIDTH, K0, K1, True)
-    text0, text1 = _load_head(text_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
-    out0, out1 = _load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
+    q0, q1 = load_head(q_ptr + query_rows, in_rows, WIDTH, K0, K1, True)
+    g0, g1 = load_head(grad_ptr + query_rows, in_rows, WIDTH, K0, K1, True)
+    text0, text1 = load_head(text_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
+    out0, out1 = load_head(out_ptr + packed_rows, in_rows, WIDTH, K0, K1, True)
     text_delta = tl.sum(g0.to(tl.float32) * text0.to(tl.float32), 1)
     both_delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), 1)
     if K1 > 0:
@@ -152,28 +142,23 @@ def dq_kernel(
         hi = tl.load(layout_row + (2 + 2 * part) * S + rows, mask=in_rows, other=0)
         lse_rows = ((part * tl.num_programs(2) + b) * heads + h) * S + rows
         tl.store(delta_ptr + lse_rows, delta, mask=in_rows)
-        lse = tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf"))
-        # +inf makes every weight of an empty row 0, where -inf would make it inf
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+        lse = base_2(tl.load(lse_ptr + lse_rows, mask=in_rows, other=float("-inf")))
         bounds = table_ptr + tl.load(table_ptr + 1)
         bounds += 3 * ((part * tl.num_programs(2) + b) * tl.num_programs(0) + tile)
         for MASKED in tl.static_range(2):
-            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-                start = tl.load(table_ptr + entry) * KEY_TILE
+            first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+            run = run_start(table_ptr, first, end)
+            for entry in tl.range(first, end):
+                start = visited_tile(table_ptr, entry, run, MASKED) * KEY_TILE
                 keys = start + local_keys
                 in_keys = keys < T
                 k_rows = k_base + start.to(tl.int64) * stride_t + local_keys[:, None] * stride_t
                 v_rows = v_base + start.to(tl.int64) * stride_t + local_keys[:, None] * stride_t
-                k0, k1 = _load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
-                v0, v1 = _load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
-                scores = _along_head(q0, q1, k0, k1, K1) * (scale * 1.4426950408889634)
-                weights = tl.exp2(scores - lse[:, None])
-                dscores = weights * (_along_head(g0, g1, v0, v1, K1) - delta[:, None])
-                if MASKED:
-                    seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-                    dscores = tl.where(seen, dscores, 0.0)
-                dq0, dq1 = _add_product(dq0, dq1, dscores, k0, k1, K1)
-    _store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
+                k0, k1 = load_head(k_rows, in_keys, WIDTH, K0, K1, MASKED)
+                v0, v1 = load_head(v_rows, in_keys, WIDTH, K0, K1, MASKED)
+                dscores = score_gradients(q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, keys, lo, hi, scale, K1, MASKED)
+                dq0, dq1 = add_product(dq0, dq1, dscores, k0, k1, K1)
+    store_head(dq_ptr + packed_rows, in_rows, dq0 * scale, dq1 * scale, WIDTH, K0, K1)
 
 
 @triton.jit
@@ -186,58 +171,49 @@ def dkv_kernel(
 
     Each head has a turn for text and one for media; one of them finds no tiles where the keys are of one class.
     """
-    tile = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
+    tile = turn(table_ptr, 2, b)
     groups = tl.num_programs(1)
     heads = groups * heads_per_group
     keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     in_keys = keys < T
     layout_row = layout_ptr + b * (T + 5 * S)
     tile_keys = ((b * T + keys)[:, None] * groups + g) * WIDTH
-    k0, k1 = _load_head(k_ptr + tile_keys, in_keys, WIDTH, K0, K1, True)
-    v0, v1 = _load_head(v_ptr + tile_keys, in_keys, WIDTH, K0, K1, True)
+    k0, k1 = load_head(k_ptr + tile_keys, in_keys, WIDTH, K0, K1, True)
+    v0, v1 = load_head(v_ptr + tile_keys, in_keys, WIDTH, K0, K1, True)
     dk0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
     dk1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     dv0 = tl.full([KEY_TILE, K0], 0.0, tl.float32)
     dv1 = tl.full([KEY_TILE, K1 if K1 > 0 else K0], 0.0, tl.float32)
     local_rows = tl.arange(0, QUERY_TILE)
-    for turn in tl.range(0, 2 * heads_per_group):
-        part = turn % 2
-        h = g * heads_per_group + turn // 2
+    for half in tl.range(0, 2 * heads_per_group):
+        part = half % 2
+        h = g * heads_per_group + half // 2
         query_base = b * S * stride_s + h * WIDTH
         q_base, grad_base = q_ptr + query_base, grad_ptr + query_base
         lse_row = ((part * tl.num_programs(2) + b) * heads + h) * S
         bounds = table_ptr + tl.load(table_ptr + 2)
         bounds += 3 * ((part * tl.num_programs(2) + b) * tl.num_programs(0) + tile)
         for MASKED in tl.static_range(2):
-            for entry in tl.range(tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)):
-                start = tl.load(table_ptr + entry) * QUERY_TILE
+            first, end = tl.load(bounds + MASKED), tl.load(bounds + MASKED + 1)
+            run = run_start(table_ptr, first, end)
+            for entry in tl.range(first, end):
+                start = visited_tile(table_ptr, entry, run, MASKED) * QUERY_TILE
                 rows = start + local_rows
                 in_rows = rows < S
                 q_rows = q_base + start.to(tl.int64) * stride_s + local_rows[:, None] * stride_s
                 grad_rows = grad_base + start.to(tl.int64) * stride_s + local_rows[:, None] * stride_s
-                q0, q1 = _load_head(q_rows, in_rows, WIDTH, K0, K1, True)
-                g0, g1 = _load_head(grad_rows, in_rows, WIDTH, K0, K1, True)
-                lse = tl.load(lse_ptr + lse_row + rows, mask=in_rows, other=float("-inf"))
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-                delta = tl.load(delta_ptr + lse_row + rows, mask=in_rows, other=0.0)
-                scores = _along_head(k0, k1, q0, q1, K1) * (scale * 1.4426950408889634)
-                weights = tl.exp2(scores - lse[None, :])
-                dscores = weights * (_along_head(v0, v1, g0, g1, K1) - delta[None, :])
-                if MASKED:
-                    interval = layout_row + T + (1 + 2 * part) * S + rows
-                    lo = tl.load(interval, mask=in_rows, other=0)
-                    hi = tl.load(interval + S, mask=in_rows, other=0)
-                    seen = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :])
-                    weights = tl.where(seen, weights, 0.0)
-                    dscores = tl.where(seen, dscores, 0.0)
-                dv0, dv1 = _add_product(dv0, dv1, weights, g0, g1, K1)
-                dk0, dk1 = _add_product(dk0, dk1, dscores, q0, q1, K1)
+                interval = layout_row + T + (1 + 2 * part) * S + rows
+                dk0, dk1, dv0, dv1 = add_queries(
+                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, grad_rows,
+                    lse_ptr + lse_row + rows, delta_ptr + lse_row + rows, None,
+                    interval, interval + S, keys, in_rows, scale, WIDTH, K0, K1, MASKED,
+                )  # fmt: skip
     place = tl.load(layout_row + keys, mask=in_keys, other=0).to(tl.int64)[:, None]
     packed_keys = ((b * T + place) * groups + g) * WIDTH
-    _store_head(dk_ptr + packed_keys, in_keys, dk0 * scale, dk1 * scale, WIDTH, K0, K1)
-    _store_head(dv_ptr + packed_keys, in_keys, dv0, dv1, WIDTH, K0, K1)
+    store_head(dk_ptr + packed_keys, in_keys, dk0 * scale, dk1 * scale, WIDTH, K0, K1)
+    store_head(dv_ptr + packed_keys, in_keys, dv0, dv1, WIDTH, K0, K1)
 
 
 # Launchers
@@ -251,7 +227,7 @@ def mmca_forward(
     `lists` is what tile_lists made of the layout's class intervals, made here unless given. A_text has no numbers
     unless `keep`.
     """
-    _check_served("mmca", q)
+    check_served("mmca", q)
     batch, rows, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     text = torch.empty_like(out) if keep else q.new_empty(0)
@@ -260,7 +236,8 @@ def mmca_forward(
         return out, text, lse
     layout, table = _on_device(layout, lists, q, k.shape[1])
     key_order = layout[:, : k.shape[1]].long()
-    q, k, v = _addressable(q), in_order(k, key_order), in_order(v, key_order)
+    q, scale = with_positive_scale(q, scale)
+    q, k, v = addressable(q), in_order(k, key_order), in_order(v, key_order)
     config = tile_config("forward", width, q.element_size())
     with torch.cuda.device_of(q):
         forward_kernel[(-(-rows // config.query_tile), heads, batch)](
@@ -284,7 +261,7 @@ def mmca_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), contiguous, of out's gradient `grad` from the stored out, A_text and lse."""
-    _check_served("mmca", q)
+    check_served("mmca", q)
     batch, rows, heads, width = q.shape
     keys, groups = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -316,7 +293,7 @@ def _on_device(layout: Tensor, lists: Tensor | None, q: Tensor, keys: int) -> tu
     width, size = q.shape[3], q.element_size()
     if lists is None:
         intervals = class_intervals(layout.cpu().numpy(), keys)
-        lists = torch.from_numpy(tile_lists(*intervals, keys=keys, width=width, number_bytes=size))
-    elif lists.device.type == "cpu" and lists[len(SECTIONS) : HEADER].tolist() != tile_sizes(width, size):
+        lists = torch.from_numpy(tile_lists(*intervals, keys=keys, width=width, number_bytes=size, parts=CLASSES))
+    elif lists.device.type == "cpu" and lists[TILE_SIZES].tolist() != tile_sizes(width, size):
         raise KernelInputError("mmca: the tile lists are for another head width or dtype; make them anew")
     return layout.to(q.device, non_blocking=True).contiguous(), lists.to(q.device, non_blocking=True)

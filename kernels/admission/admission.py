@@ -1,7 +1,7 @@
 """Whether a Triton kernel may serve on a chip: a numeric self-check at its first use there, remembered on disk.
 
 A verdict holds for one op, dtype and shape class on one chip (name and capability) with one version of Triton, of torch
-and of the files of this folder; anything else is checked anew. The check (self_check.py) runs the op forward and
+and of the ops' own files; anything else is checked anew. The check (self_check.py) runs the op forward and
 backward on the device and compares it with the reference in fp64. Its inputs are small, so on a GPU compiling the
 kernels should be most of what it takes (1 to 4 s a variant ahead of time; nobody has measured it on one). A refusal is
 remembered like an admission, unless the device had no memory left for the check or had failed before it.
@@ -65,7 +65,7 @@ class Subject:
     triton: str
     torch: str
     source: str
-    """Hash of the files of this folder."""
+    """Hash of the files that the kernels, their launches and their check are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)

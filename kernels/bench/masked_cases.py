@@ -5,6 +5,7 @@ Tables of live tiles are made beforehand, as a loader worker makes them, and bel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from triweave.kernels import attention_tiles, mmca_tiles, tiles
+from triweave.kernels import attention_tiles, flex_attention, mmca_tiles, tiles
 from triweave.kernels.attention import attention
 from triweave.kernels.bench import peers
 from triweave.kernels.bench.cases import Call, Case, Sizes, draw
@@ -46,7 +47,7 @@ def attention_case(sizes: Sizes) -> Case:
         peers={
             "sdpa": peers.sdpa(sizes.mask, kv_lo, kv_hi),
             "documents": peers.documents(sizes.mask),
-            "flex": ours("flex"),
+            "flex": _flex(kv_lo, kv_hi, sizes.tokens, sizes.width),
             "flash": ours("flash"),
         },
         work=lambda direction: work.attention(direction, shape),
@@ -108,6 +109,16 @@ def mmca_case(sizes: Sizes) -> Case:
         work=lambda direction: work.attention(direction, shape),
         of_whole=_first_group(sizes),
     )
+
+
+def _flex(kv_lo: Tensor, kv_hi: Tensor, keys: int, width: int) -> Call:
+    """Return FlexAttention with its block mask made once, in the call that finds out whether it runs."""
+    block_mask = functools.cache(lambda: flex_attention.block_mask(kv_lo, kv_hi, keys))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention.attention(q, k, v, kv_lo, kv_hi, width**-0.5, mask=block_mask())[0]
+
+    return call
 
 
 def _heads(sizes: Sizes, keys: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,16 @@ from triweave.kernels.bench.cases import SEED, Call, Case
 
 FLUSHED_BYTES = 256 << 20
 """Written before every timed call on a CUDA device, so that nothing of the inputs is left in its cache."""
+HEAD_START_CYCLES = 20_000_000
+"""Clock cycles, about 12 ms, that the device waits before a timed call: the host has launched its kernels by then, so
+that their gaps are the device's own. What the host takes is the processor's time. A call that waits for the device
+midway is timed with that wait."""
 _RESET_PEAK = "5"
 """What clear_refs takes to forget the peak of resident memory (proc(5))."""
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_MAPPED_BYTES = 64 << 10
+_LARGEST_THRESHOLD = 32 << 20
+"""Blocks from which on glibc maps by itself: while memory is measured, and the most that it would ever choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,7 @@ class _CudaClock:
 
     def start(self) -> None:
         self.flushed.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)  # torch has no public name for it
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.processor = time.process_time()
         self.begin.record()
@@ -152,8 +161,8 @@ def exact_results(case: Case, grads: Sequence[Tensor]) -> Results:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Return the most bytes that were held at once while `run` went on, beyond those there before.
 
-    On a CUDA device of torch's allocator, on a CPU the process's resident memory, with what the C library keeps of
-    memory freed meanwhile; None where only Linux could tell.
+    On a CUDA device of torch's allocator, on a CPU the process's resident memory, which Linux counts to a quarter of a
+    megabyte for each thread; None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -165,20 +174,33 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     if sys.platform != "linux":
         return None
     gc.collect()
-    _return_freed_pages()
+    with _freed_memory_returned():
+        try:
+            Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+        except OSError:
+            return None
+        before = _resident_bytes("VmRSS")
+        run()
+        return max(0, _resident_bytes("VmHWM") - before)
+
+
+@contextlib.contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Within it glibc maps every large block by itself, so that freed ones are gone at once; before, what it kept goes.
+
+    Afterwards it keeps them again, up to its largest threshold, as it does by itself in a process that has freed some.
+    """
     try:
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    except OSError:
-        return None
-    before = _resident_bytes("VmRSS")
-    run()
-    return max(0, _resident_bytes("VmHWM") - before)
-
-
-def _return_freed_pages() -> None:
-    """Give what the C library keeps of freed memory back, so that using it again counts."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    except (OSError, AttributeError):  # another C library than glibc
+        yield
+        return
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
 
 
 def _resident_bytes(name: str) -> int:

@@ -71,7 +71,6 @@ class Options:
     repeats: int = 5
     warmup: int = 1
     """Rounds before those that count, beside the one that finds out who can run."""
-    with_memory: bool = True
     with_error: bool = True
 
 
@@ -105,46 +104,63 @@ def bench_case(
     directions = _timed(case, options.directions)
     serving = dict.fromkeys(_serving(case, impl) for impl in options.impls)
     contenders = [_Contender(OURS + impl, case.ours(impl)) for impl in serving]
-    contenders += [_Contender(name, case.peers.get(name, _nothing)) for name in options.compare]
+    contenders += [_Contender(name, case.peers[name]) for name in options.compare if name in case.peers]
     exact: list[measure.Results] = []
+    intact = [x.detach().clone() for x in case.inputs]
     for contender in contenders:
         progress(f"{case.op}, {case.shape}: checking {contender.name}")
         _check(case, contender, directions, exact, with_error=options.with_error)
+        _put_back(case, intact)
     for repeat in range(-options.warmup, options.repeats):
         progress(f"{case.op}, {case.shape}: repeat {max(repeat, 0) + 1} of {options.repeats}")
         for contender in contenders:
             once = measure.time_once(contender.call, case.inputs, contender.grads, contender.runs(directions))
+            _put_back(case, intact)
             if repeat >= 0:
                 contender.seconds.extend(once)
     return [
-        _row(case, contender, direction, limits, options, device_name)
+        _row(case, contender, direction, limits, device_name, intact)
         for contender in contenders
+        for direction in directions
+    ] + [
+        replace(_blank(case, name, direction, device_name), status=f"unsupported: {NOTHING_COMPARABLE[name]}")
+        for name in options.compare
+        if name not in case.peers
         for direction in directions
     ]
 
 
-def _nothing(*_: Tensor) -> Tensor:
-    raise NotImplementedError
+def _put_back(case: Case, intact: Sequence[Tensor]) -> None:
+    """Give the case its inputs again, for Liger-Kernel's SwiGLU overwrites them in its backward."""
+    with torch.no_grad():
+        for x, kept in zip(case.inputs, intact, strict=True):
+            if not torch.equal(x, kept):
+                x.copy_(kept)
 
 
-def _row(
-    case: Case, contender: _Contender, direction: str, limits: Limits, options: Options, device_name: str
-) -> BenchRow:
-    blank = BenchRow(
+def _blank(case: Case, name: str, direction: str, device_name: str) -> BenchRow:
+    """Return the row of a contender before anything is measured."""
+    return BenchRow(
         op=case.op,
-        impl=contender.name,
+        impl=name,
         direction=direction,
         mask=case.mask,
         shape=case.shape,
         dtype=str(case.dtype).removeprefix("torch."),
         device=device_name,
     )
+
+
+def _row(
+    case: Case, contender: _Contender, direction: str, limits: Limits, device_name: str, intact: Sequence[Tensor]
+) -> BenchRow:
+    blank = _blank(case, contender.name, direction, device_name)
     if direction in contender.refusals:
         return replace(blank, status=f"unsupported: {contender.refusals[direction]}")
     return replace(
         blank,
         **_figures(case, direction, contender.seconds, limits),
-        peak_bytes=_peak(case, contender, direction) if options.with_memory else None,
+        peak_bytes=_peak(case, contender, direction, intact),
         error_vs_fp64=contender.errors.get(direction),
     )
 
@@ -172,9 +188,6 @@ def _check(
 
     exact: the fp64 results once they are known. A mistake of ours other than a refusal is raised.
     """
-    if contender.call is _nothing:
-        contender.refusals = dict.fromkeys(directions, NOTHING_COMPARABLE[contender.name])
-        return
     for part, does in (("fwd", measure.forward_results), ("bwd", measure.results)):
         concerned = [direction for direction in directions if (direction == "fwd") == (part == "fwd")]
         if not concerned:
@@ -229,7 +242,7 @@ def _figures(case: Case, direction: str, seconds: measure.Seconds, limits: Limit
     }
 
 
-def _peak(case: Case, contender: _Contender, direction: str) -> int | None:
+def _peak(case: Case, contender: _Contender, direction: str, intact: Sequence[Tensor]) -> int | None:
     """Return the peak of a direction; that of the backward counts what the forward keeps for it."""
 
     def forward() -> None:
@@ -239,7 +252,9 @@ def _peak(case: Case, contender: _Contender, direction: str) -> int | None:
     def both() -> None:
         torch.autograd.grad(measure.outputs(contender.call, case.inputs), case.inputs, contender.grads)
 
-    return measure.peak_bytes(forward if direction == "fwd" else both, case.inputs[0].device)
+    peak = measure.peak_bytes(forward if direction == "fwd" else both, case.inputs[0].device)
+    _put_back(case, intact)
+    return peak
 
 
 def _rounded(number: float) -> float:

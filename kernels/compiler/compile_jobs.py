@@ -30,8 +30,9 @@ def compile_all(wanted: Sequence[tuple[Variant, str]], jobs: int) -> Generator[O
     executor = ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context, initializer=_ignore_interrupts)
     try:
         # a `@triton.jit` function cannot be sent to another process; the order in which variants() yields is the same
-        place = {variant.name(""): number for number, variant in enumerate(_variants())}
-        futures = [executor.submit(_numbered, place[variant.name("")], arch) for variant, arch in wanted]
+        archs = dict.fromkeys(arch for _, arch in wanted)
+        place = {one.name(arch): number for arch in archs for number, one in enumerate(_variants(arch))}
+        futures = [executor.submit(_numbered, place[variant.name(arch)], arch) for variant, arch in wanted]
         for future in as_completed(futures):
             yield future.result()
     finally:
@@ -44,12 +45,12 @@ def _ignore_interrupts() -> None:
 
 
 def _numbered(number: int, arch: str) -> Outcome:
-    return _outcome(_variants()[number], arch)
+    return _outcome(_variants(arch)[number], arch)
 
 
 @functools.cache
-def _variants() -> list[Variant]:
-    return list(variants())
+def _variants(arch: str) -> list[Variant]:
+    return variants(arch=arch)
 
 
 def _outcome(variant: Variant, arch: str) -> Outcome:

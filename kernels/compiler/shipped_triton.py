@@ -23,6 +23,7 @@ from triweave.kernels.attention_triton import WIDEST_LOAD
 from triweave.kernels.compiler.compile_triton import Variant
 from triweave.kernels.errors import KernelInputError
 from triweave.kernels.rows_triton import LAUNCH
+from triweave.kernels.tuning import pinned
 
 NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = (32, 64, 72, 80, 96, 128, 256)
@@ -168,12 +169,16 @@ KERNELS: dict[str, Callable[[], Iterator[Variant]]] = {
 """Op -> what yields its shipped variants."""
 
 
-def variants(ops: Sequence[str] = ()) -> Iterator[Variant]:
-    """Yield every shipped variant of `ops`, of all when empty. Raises KernelInputError for an op without a kernel."""
-    for op in ops or KERNELS:
+def variants(ops: Sequence[str] = (), *, arch: str | None = None) -> list[Variant]:
+    """Return every variant of `ops`, of all when empty, that ships for `arch`: its pinned configs, else `CONFIGS`.
+
+    Raises KernelInputError for an op without a kernel.
+    """
+    for op in ops:
         if op not in KERNELS:
             raise KernelInputError(f"kernels compile: {op!r} has no Triton kernel; those that do: {', '.join(KERNELS)}")
-        yield from KERNELS[op]()
+    with pinned.reading(arch):
+        return [variant for op in ops or KERNELS for variant in KERNELS[op]()]
 
 
 def _variant(

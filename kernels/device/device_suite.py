@@ -150,9 +150,11 @@ def run_bench(plan: Plan, say: Callable[[str], None]) -> Iterator[BenchRow]:
             yield replace(row, status=LEFT_OUT)
             continue
         impls = [impl for impl in (plan.impl, "auto") if impl == "auto" or impl in IMPLEMENTATIONS[op]]
-        options = Options(impls=impls, compare=COMPARED, repeats=plan.repeats, warmup=WARMUP, with_error=with_error)
         try:
-            yield from bench_case(build(op, sizes), limits, options, device_name=name, progress=say)
+            case = build(op, sizes)
+            compare = [peer for peer in COMPARED if peer in case.peers]
+            options = Options(impls=impls, compare=compare, repeats=plan.repeats, warmup=WARMUP, with_error=with_error)
+            yield from bench_case(case, limits, options, device_name=name, progress=say)
         except Exception as error:  # a finding about one op; the others are still measured
             yield replace(row, status=f"failed: {type(error).__name__}: {_one_line(error)}")
 
@@ -175,8 +177,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return chip and versions."""
-    versions = {name: _version(name) for name in ("torch", "triton", "flash-attn", "liger-kernel")}
-    about = {"python": platform.python_version(), "system": platform.platform(), **versions}
+    versions = {name: _version(name) for name in ("triton", "flash-attn", "liger-kernel")}
+    about = {"python": platform.python_version(), "system": platform.platform(), "torch": torch.__version__, **versions}
     if device.type != "cuda":
         return {"device": device.type, **about}
     properties = torch.cuda.get_device_properties(device)

@@ -42,6 +42,17 @@ def use_device(device: torch.device) -> None:
     use(architecture_of(device))
 
 
+@contextlib.contextmanager
+def reading(architecture: str | None) -> Iterator[None]:
+    """Read the table of `architecture` while the context lasts."""
+    before = in_use()
+    use(architecture)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 def in_use() -> str | None:
     """Return the architecture whose table this process reads."""
     return _in_use

@@ -111,20 +111,33 @@ _TILES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "dkv": ((16, 32, 64, 128), (64, 128)),
 }
 """Attention kernel -> tiles in query rows and in keys, for 2-byte numbers."""
+_STAGES = {"forward": (2, 3, 4), "dq": (1, 2, 3, 5), "dkv": (1, 2, 3, 5)}
+MOST_HELD = 224
+"""Of the 255 registers of a thread, those that sums and scores may take; more than that spills."""
 
 
 def attention_candidates(kernel: str, number_bytes: int, width: int) -> list[Config]:
     """Return the tiles, warps and stages that are tried; the pinned ones are added by `search`.
 
-    Wide heads and fp32 halve the tiles.
+    Wide heads and fp32 halve the tiles. Those whose sums and scores alone would not fit into registers are left out.
     """
     shrink = (2 if width > 128 else 1) * number_bytes // 2
     query_tiles, key_tiles = (sorted({max(16, size // shrink) for size in sizes}) for sizes in _TILES[kernel])
-    stages = (2, 3) if kernel == "forward" else (1, 2)
     return [
-        {"query_tile": rows, "key_tile": keys, "warps": warps, "stages": stage}
-        for rows, keys, warps, stage in itertools.product(query_tiles, key_tiles, (4, 8), stages)
+        {"query_tile": rows, "key_tile": keys, "warps": warps, "stages": stages}
+        for rows, keys, warps, stages in itertools.product(query_tiles, key_tiles, (4, 8), _STAGES[kernel])
+        if _held_per_thread(kernel, rows, keys, width, warps) <= MOST_HELD
     ]
+
+
+def _held_per_thread(kernel: str, rows: int, keys: int, width: int, warps: int) -> int:
+    """Return the fp32 numbers of sums (out; dq; dk and dv) and scores (s; s and ds) that a thread holds."""
+    held = {
+        "forward": rows * (width + keys),
+        "dq": rows * (width + 2 * keys),
+        "dkv": keys * (2 * width + 2 * rows),
+    }
+    return held[kernel] // (32 * warps)
 
 
 def attention_cells(number_bytes: Sequence[int], widths: Sequence[int]) -> list[tuple[str, int, int]]:

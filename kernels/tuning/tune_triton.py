@@ -7,6 +7,7 @@ a config changes speed only. dq and dkv run in one launcher; each is timed with 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLUSHED_BYTES = 256 << 20
 """What is overwritten between runs, so that each finds the caches without its inputs."""
 WARM_RUNS = 2
+HEAD_START_CYCLES_PER_RUN = 2_000_000
+"""Clock cycles, about a ms, that the device waits for each run: the host has launched all of them by then."""
 
 Run = Callable[[], tuple[Tensor, ...]]
 """One run of a kernel; returns its results."""
@@ -51,6 +54,7 @@ def cuda_clock(device: torch.device) -> Clock:
     def clock(run: Run, times: int) -> list[float]:
         for _ in range(WARM_RUNS):
             run()
+        torch.cuda._sleep(times * HEAD_START_CYCLES_PER_RUN)  # torch has no public name for it
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
         for start, end in events:
             flushed.zero_()
@@ -153,6 +157,32 @@ def tune_attention(
             progress=functools.partial(_report, progress, f"{kernel} {dtype} {widest}"),
         )
         yield Tuned(cell=cell, dtype=dtype, choice=choice)
+
+
+def compile_ahead(dtypes: Sequence[str], widths: Sequence[int], device: torch.device, jobs: int) -> None:
+    """Run every candidate once in `jobs` processes, which fills Triton's cache: compiling takes most of a search."""
+    wanted = [
+        (dtype, cell, config) for dtype, cell in _cells(dtypes, widths) for config in tune.attention_candidates(*cell)
+    ]
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_compile, args=(wanted[job::jobs], str(device))) for job in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _compile(wanted: Sequence[tuple[str, tuple[str, int, int], Config]], device_name: str) -> None:
+    device = torch.device(device_name)
+    pinned.use_device(device)
+    for dtype, (kernel, number_bytes, widest), config in wanted:
+        timer = config_timer(
+            ("attention", kernel, number_bytes, widest),
+            attention_runs(kernel, DTYPES[dtype], widest, device, Sizes()),
+            lambda *_: [],
+        )
+        with contextlib.suppress(CandidateError):
+            timer(config, 1)
 
 
 def _cells(dtypes: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, tuple[str, int, int]]]:

@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise KernelInputError(f"kernels compile: --jobs is {arguments.jobs}; give 1 or more")
     arguments.table = arguments.table or budgets.TABLE
     before = budgets.load(arguments.table)
-    wanted = _wanted(arguments, list(variants(_names(arguments.op))))
+    ops = _names(arguments.op)
+    wanted = _wanted(arguments, {arch: variants(ops, arch=arch) for arch in _names(arguments.arch)})
     rows, failures = _compile(wanted, arguments)
     if arguments.json:
         print(json.dumps(rows, indent=1))
@@ -72,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     return max(2 if failures else 0, _check(rows, before) if arguments.check else 0)
 
 
-def _wanted(arguments: argparse.Namespace, variants: list[Any]) -> list[tuple[Any, str]]:
-    """Return which (variant, arch) are to be compiled."""
+def _wanted(arguments: argparse.Namespace, variants_of: Mapping[str, list[Any]]) -> list[tuple[Any, str]]:
+    """Return which (variant, arch) are to be compiled, of those that ship for each arch."""
     from importlib.metadata import version
 
     from triweave.kernels.compiler import budgets
@@ -82,7 +83,7 @@ def _wanted(arguments: argparse.Namespace, variants: list[Any]) -> list[tuple[An
     dtypes, widths = _names(arguments.dtype), _names(arguments.head_dim)
     wanted = {
         variant.name(arch): (variant, arch)
-        for arch in _names(arguments.arch)
+        for arch, variants in variants_of.items()
         for variant in variants
         if (not dtypes or variant.dtype in dtypes) and (not widths or str(variant.head_dim) in widths)
     }
@@ -110,7 +111,7 @@ def _compile(wanted: list[tuple[Any, str]], arguments: argparse.Namespace) -> tu
         made_by = budgets.version(arguments.table)
         if made_by not in (None, version("triton")):
             print(f"the rows of Triton {made_by} go, here is {version('triton')}", file=sys.stderr)
-        shipped = {variant.name(arch) for variant in variants() for arch in CHIPS}
+        shipped = {variant.name(arch) for arch in CHIPS for variant in variants(arch=arch)}
         budgets.write([], triton=version("triton"), shipped=shipped, path=arguments.table)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     failures = 0

@@ -44,6 +44,8 @@ COLUMNS = {
     "status": "status",
 }
 """Field of a row -> heading."""
+WIDEST_TABLE = 300
+"""Columns of text; a narrower terminal wraps the lines, and nothing is cut."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +138,7 @@ def _compile(cases: Sequence[Case], chips: Sequence[str], table: dict[Any, Any],
     wanted = [
         (variant, arch)
         for arch in dict.fromkeys(peaks(name).arch for name in chips)
-        for variant in variants(["attention", "linear_cross_entropy"])
+        for variant in variants(["attention", "linear_cross_entropy"], arch=arch)
         if variant.dtype == dtype
         and variant.head_dim in (None, cases[0].head_dim)
         and not variant.kernel.endswith("+softcap")
@@ -159,7 +161,7 @@ def _show(rows: Sequence[Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    console = Console(width=max(190, console.width))
+    console = Console(width=max(WIDEST_TABLE, console.width))
     for chip in dict.fromkeys(row.chip for row in rows):
         shown = [row for row in rows if row.chip == chip]
         table = Table(title=f"{chip}: a model unless the last column says otherwise", box=box.SIMPLE)

@@ -2,6 +2,7 @@
 
 examples:
   triweave kernels tune
+  triweave kernels tune --jobs 16
   triweave kernels tune --dtype bf16 --head-dim 128 --dry-run
   triweave kernels tune --model --chip h100 --kernel dq --head-dim 128
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bf16,fp32", help="bf16, fp16, fp32 (default bf16,fp32)")
     parser.add_argument("--head-dim", default="64,128,256", help="widths of a head (default 64,128,256)")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile ahead of the search (default 1)")
     parser.add_argument("--out", type=Path, help="folder for the table (default kernels/configs)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--model", action="store_true", help="rank candidates by the roofline model instead")
@@ -52,7 +54,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     architecture = pinned.architecture_of(device)
     if architecture is None:
         raise KernelUnavailableError("kernels tune: this GPU is not by NVIDIA; the tables are per sm_ architecture")
-    from triweave.kernels.tuning.tune_triton import DTYPES, cuda_clock, row, tune_attention
+    from triweave.kernels.tuning.tune_triton import DTYPES, compile_ahead, cuda_clock, row, tune_attention
 
     dtypes, widths = _names(arguments.dtype), _widths(arguments.head_dim)
     for dtype in dtypes:
@@ -60,6 +62,9 @@ def _measure(arguments: argparse.Namespace) -> int:
             raise KernelInputError(f"kernels tune: there is no dtype {dtype!r}; known are {', '.join(DTYPES)}")
     rows: list[dict[str, Any]] = []
     with Console(stderr=True).status("starting") as status:
+        if arguments.jobs > 1:
+            status.update(f"compiling in {arguments.jobs} processes")
+            compile_ahead(dtypes, widths, device, arguments.jobs)
         for tuned in tune_attention(dtypes, widths, device, cuda_clock(device), progress=status.update):
             rows.append(row(tuned))
             if not arguments.json:

@@ -128,27 +128,30 @@ def test_the_cases_have_full_masked_and_dead_tiles():
 MUTATIONS = {
     "a key too many at the mask's end": ("keys[None, :] < hi[:, None]", "keys[None, :] <= hi[:, None]"),
     "a key too few at the mask's start": ("keys[None, :] >= lo[:, None]", "keys[None, :] > lo[:, None]"),
-    "the scale is missing": ("(scale * 1.4426950408889634)", "1.4426950408889634"),
+    "the scale is missing": ("to_base_2 = scale * 1.4426950408889634", "to_base_2 = 1.4426950408889634"),
     "the scale is missing in dq": ("dq0 * scale", "dq0"),
-    "the log-sum-exp is of the peak alone": ("(peak + tl.log2(total))", "peak"),
+    "the log-sum-exp is of the peak alone": ("peak * scale + tl.log(total)", "peak * scale"),
     "dk and dv see a mask of their own": ("keys[:, None] < hi[None, :]", "keys[:, None] <= hi[None, :]"),
 }
 
 
 @pytest.fixture
 def broken(kernels, monkeypatch, tmp_path):
-    """Put an attention_triton in place whose source was changed."""
+    """Put an attention_triton in place whose source, or that of what it calls, was changed."""
 
     def put(change, replacement):
-        intact = Path(kernels("attention_triton").__file__).read_text(encoding="utf-8")
-        assert change in intact, "the kernel was rewritten; name the change anew"
-        path = tmp_path / "attention_triton.py"
-        path.write_text(intact.replace(change, replacement), encoding="utf-8")
-        name = "triweave.kernels.attention_triton"
-        specification = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, name, module)
-        specification.loader.exec_module(module)
+        changed = 0
+        for part in ("heads_triton", "attention_triton"):
+            intact = Path(kernels(part).__file__).read_text(encoding="utf-8")
+            changed += intact.count(change)
+            path = tmp_path / f"{part}.py"
+            path.write_text(intact.replace(change, replacement), encoding="utf-8")
+            name = f"triweave.kernels.{part}"
+            specification = importlib.util.spec_from_file_location(name, path)
+            module = importlib.util.module_from_spec(specification)
+            monkeypatch.setitem(sys.modules, name, module)
+            specification.loader.exec_module(module)
+        assert changed, "the kernel was rewritten; name the change anew"
 
     return put
 

@@ -126,7 +126,8 @@ def test_full_masked_and_dead_tiles_together_in_a_batch():
     )
     table = tiles.tile_table(lo.numpy(), hi.numpy(), keys=36, query_tile=16, key_tile=16)
     assert 0 < table.full_tiles < table.live_tiles < 2 * 3 * 3
-    check(*draw(2, 36, 36, heads=3, groups=1), lo, hi, scale=0.7)
+    for scale in (0.7, -0.7, 0.0):
+        check(*draw(2, 36, 36, heads=3, groups=1), lo, hi, scale=scale)
 
 
 def test_cross_attention_to_the_media_before_a_token():
@@ -319,23 +320,28 @@ def test_the_lists_name_each_live_tile_once_full_ones_first(seed, rows, keys):
     lists = attention_tiles.tile_lists(lo, hi, keys=keys, width=64, number_bytes=2)
     seen = ((np.arange(keys) >= lo[:, :, None]) & (np.arange(keys) < hi[:, :, None])).astype(np.int8)
     sizes = lists[3:9].reshape(3, 2)
-    for kernel, start, (query_tile, key_tile) in zip(attention_tiles.SECTIONS, lists[:3], sizes, strict=True):
+    sections = zip(attention_tiles.SECTIONS, lists[:3], lists[9:12], sizes, strict=True)
+    for kernel, start, order_start, (query_tile, key_tile) in sections:
         own, other = (key_tile, query_tile) if kernel == "dkv" else (query_tile, key_tile)
         mask = seen.transpose(0, 2, 1) if kernel == "dkv" else seen
         tiles_in_row, others = -(-mask.shape[1] // own), -(-mask.shape[2] // other)
         bounds = lists[start : start + 6 * tiles_in_row].reshape(2, tiles_in_row, 3)
+        order = lists[order_start : order_start + 2 * tiles_in_row].reshape(2, tiles_in_row)
+        visits = np.take_along_axis(bounds[..., 2] - bounds[..., 0], order, 1)
+        assert (np.diff(visits, axis=1) <= 0).all(), "those that visit most come first"
+        assert (np.sort(order, axis=1) == np.arange(tiles_in_row)).all()
         for b in range(2):
             for i in range(tiles_in_row):
                 first, middle, end = bounds[b, i]
                 blocks = [mask[b, i * own : (i + 1) * own, j * other : (j + 1) * other] for j in range(others)]
-                key_extent = own if kernel == "dkv" else other
                 live = [j for j in range(others) if blocks[j].any()]
-                full = [
-                    j for j in live
-                    if blocks[j].all() and (blocks[j].shape[0] if kernel == "dkv" else blocks[j].shape[1]) == key_extent
-                ]  # fmt: skip
-                assert lists[first:middle].tolist() == full
-                assert lists[middle:end].tolist() == [j for j in live if j not in full]
+                full = [j for j in live if blocks[j].all() and blocks[j].shape == (own, other)]
+                if kernel != "dkv":  # queries beyond the last are computed and not stored
+                    full = [j for j in live if blocks[j].all() and blocks[j].shape[1] == other]
+                run = [j for place, j in enumerate(full) if j == full[0] + place]
+                assert run == full or kernel == "dkv", "a query tile's full tiles have no gap"
+                assert lists[first:middle].tolist() == run
+                assert lists[middle:end].tolist() == [j for j in live if j not in run]
 
 
 def test_only_live_tiles_are_visited():

@@ -26,7 +26,7 @@ from triweave.kernels.roofline.loop_mix import CompiledLoops, LoopMix
 from triweave.kernels.roofline.work import Work
 
 LIMITS = Limits(matrix_flops=1e12, bytes_per_s=1e11, published=False)
-QUICK = Options(directions=DIRECTIONS, repeats=1, warmup=0, with_memory=False)
+QUICK = Options(directions=DIRECTIONS, repeats=1, warmup=0)
 
 
 def tiny(kind="interleaved", tokens=256, documents=2, **sizes):
@@ -117,6 +117,27 @@ def test_a_contender_that_computes_something_else_shows_in_the_error():
     assert all((row.error_vs_fp64 > 0.01) == (row.impl == "sdpa") for row in rows)
 
 
+def test_a_contender_that_overwrites_its_inputs_spoils_nobody_elses():
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate, up):
+            ctx.save_for_backward(gate, up)
+            return torch.nn.functional.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx, grad):
+            gate, up = ctx.saved_tensors
+            return gate.detach().zero_() + grad, up.detach().zero_() + grad
+
+    peers = {"liger": Overwriting.apply, "torch": lambda gate, up: torch.nn.functional.silu(gate) * up}
+    case = dataclasses.replace(build("swiglu", tiny()), peers=peers)
+    before = [x.clone() for x in case.inputs]
+    options = dataclasses.replace(QUICK, compare=("liger", "torch"), directions=("fwd", "bwd"))
+    rows = bench_case(case, LIMITS, options, device_name="here")
+    assert all(row.error_vs_fp64 < 1e-5 for row in rows if row.impl == "torch")
+    assert all(map(torch.equal, case.inputs, before))
+
+
 def test_what_cannot_run_is_a_row_with_the_reason():
     class ForwardOnly(torch.autograd.Function):
         @staticmethod
@@ -182,13 +203,13 @@ def test_limits_of_this_machine_are_rates():
 
 def test_peak_memory_is_what_was_held_at_once():
     def held():
-        first = torch.empty(20 << 20, dtype=torch.uint8).fill_(1)
+        first = torch.empty(21 << 20, dtype=torch.uint8).fill_(1)
         del first
         return torch.empty(8 << 20, dtype=torch.uint8).fill_(1)
 
     held()
     found = measure.peak_bytes(held, torch.device("cpu"))
-    assert found is None or 20 << 20 <= found < 32 << 20  # glibc may keep the first one's pages for a while
+    assert found is None or 20 << 20 <= found < 24 << 20
 
 
 def test_compiled_rows_are_those_of_the_committed_table():

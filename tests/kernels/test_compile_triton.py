@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,18 @@ MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "
 MATRIX_OPS = {"attention", "cross_attention", "mmca", "linear_cross_entropy"}
 WIDEST_WITHOUT_SPILLS = {"rms_norm": 4096, "qk_norm_rope": 256}
 """Op -> widest row or head whose 16-bit kernels spill nothing on sm_80, sm_90 and sm_100; 128 for the others."""
+BESIDE_THE_LOOPS = {
+    ("attention", "dq", "sm_80", 64): (8, 0),
+    ("attention", "forward", "sm_100", 72): (8, 0),
+    ("cross_attention", "forward", "sm_100", 72): (8, 0),
+    ("mmca", "dkv", "sm_100", 72): (24, 0),
+    ("mmca", "forward", "sm_80", 64): (16, 0),
+}
+"""(op, kernel, arch, head width) of 16-bit kernels that spill a little -> bytes, local accesses in inner loops."""
+MEASURED_FASTER = {
+    (op, "dkv", "sm_90", width) for op in ("attention", "cross_attention", "mmca") for width in (64, 72, 80, 96, 128)
+}
+"""Those whose tiles were chosen by time on an H100, kernels/configs/sm_90.json."""
 OTHER_MATRIX_UNIT = {
     (op, "dkv", arch, 256) for op in ("attention", "cross_attention", "mmca") for arch in ("sm_90", "sm_100")
 }
@@ -85,7 +97,7 @@ def test_every_generation_has_its_own_matrix_instruction() -> None:
 def chips_and_variants() -> dict[tuple[Any, ...], tuple[str, Variant]]:
     from triweave.kernels.compiler.shipped_triton import variants
 
-    return {variant.name(arch): (arch, variant) for arch in MATRIX_INSTRUCTIONS for variant in variants()}
+    return {variant.name(arch): (arch, variant) for arch in MATRIX_INSTRUCTIONS for variant in variants(arch=arch)}
 
 
 def test_the_table_has_one_row_for_every_shipped_variant_and_chip() -> None:
@@ -93,6 +105,10 @@ def test_the_table_has_one_row_for_every_shipped_variant_and_chip() -> None:
     again = "run `triweave kernels compile --write --only-missing --jobs 2` and commit the table"
     assert sorted(map(str, shipped - table)) == [], again
     assert sorted(map(str, table - shipped)) == [], again
+
+
+def name_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["op"], row["kernel"], row["arch"], row["head_dim"]
 
 
 def test_every_kernel_fits_its_chip() -> None:
@@ -109,17 +125,19 @@ def test_16_bit_kernels_keep_nothing_in_local_memory() -> None:
         and (row["head_dim"] or 0) <= WIDEST_WITHOUT_SPILLS.get(row["op"], 128)
     ]
     assert len(held) > 600
-    assert [row for row in held if row["spill_bytes"] or row["inner_loop_local_accesses"]] == []
+    found = {
+        name_of(row): (row["spill_bytes"], row["inner_loop_local_accesses"])
+        for row in held
+        if row["spill_bytes"] or row["inner_loop_local_accesses"]
+    }
+    assert {name: figures for name, figures in found.items() if name not in MEASURED_FASTER} == BESIDE_THE_LOOPS
+    assert all(spilled <= 176 and in_loops <= 9 for spilled, in_loops in found.values())
 
 
 def test_16_bit_matrix_kernels_use_the_matrix_unit_of_their_chip() -> None:
     """Or stand in OTHER_MATRIX_UNIT, with the reason."""
     rows = [row for row in budgets.load().values() if row["op"] in MATRIX_OPS and row["dtype"] != "fp32"]
-    other = {
-        (row["op"], row["kernel"], row["arch"], row["head_dim"])
-        for row in rows
-        if row["matrix_instruction"] != MATRIX_INSTRUCTIONS[row["arch"]]
-    }
+    other = {name_of(row) for row in rows if row["matrix_instruction"] != MATRIX_INSTRUCTIONS[row["arch"]]}
     assert {row["op"] for row in rows} == MATRIX_OPS
     assert other == OTHER_MATRIX_UNIT
 
@@ -348,7 +366,7 @@ def test_an_interpreted_kernel_is_refused() -> None:
     from triweave.kernels.compiler.compile_triton import compiled
     from triweave.kernels.compiler.shipped_triton import variants
 
-    variant = next(variants(["swiglu"]))
+    variant = variants(["swiglu"])[0]
     interpreted = dataclasses.replace(variant, function=InterpretedFunction(variant.function.fn))
     with pytest.raises(KernelUnavailableError, match="unset TRITON_INTERPRET"):
         compiled(interpreted, "sm_90")

@@ -138,7 +138,8 @@ def test_tiles_of_text_of_media_and_of_both_in_a_batch():
     made = mmca_tiles.layout(*(x.numpy() for x in (lo, hi, modality, modality)))
     table = tiles.tile_table(*mmca_tiles.class_intervals(made, 50), keys=50, query_tile=16, key_tile=16)
     assert 0 < table.full_tiles < table.live_tiles < 4 * 4 * 4
-    check(draw(2, 50, 50, heads=3, groups=1), (lo, hi, modality, modality), scale=0.7)
+    for scale in (0.7, -0.7):
+        check(draw(2, 50, 50, heads=3, groups=1), (lo, hi, modality, modality), scale=scale)
 
 
 def test_keys_of_their_own_axis():

@@ -196,7 +196,8 @@ class DataConfig:
     workers: int = 2
     """Processes per rank that read, decode and pack; 0 does it in the training process. Never changes what is read."""
     prefetch: int = 2
-    """Micro-batches each worker keeps ready."""
+    """Micro-batches each worker keeps ready; all workers together at least those of one step, which are asked for at
+    once."""
     corrupt_budget: float = 0.001
     """Damaged samples a rank may replace by fillers before it stops: below 1 a share of an epoch's samples, rounded
     up; from 1 on a number."""

@@ -148,6 +148,7 @@ class ObjectClient:
         from obstore import exceptions
 
         assert os.getpid() == self._process, "a forked child needs a client of its own: see stream/transport.py"
+        refusals = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
         location = ObjectLocation(bucket=self.bucket, key=key)
         deadline = time.monotonic() + self.settings.deadline_s
         attempt = 0
@@ -155,19 +156,25 @@ class ObjectClient:
             count("requests")
             try:
                 return request()
-            except (FileNotFoundError, ChangedObjectError):
+            except ChangedObjectError:
                 raise
+            except FileNotFoundError as error:
+                if _code(error) != "NoSuchBucket":
+                    raise
+                raise self._no_such_bucket() from None
             except exceptions.PreconditionError:
                 raise ChangedObjectError(key) from None
             except exceptions.AlreadyExistsError:
                 raise FileExistsError(str(location)) from None
-            except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-                raise StorageError(
-                    f"{location}: the store refuses ({_reason(error)}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
-                    "or AWS_PROFILE, and what they may do"
-                ) from None
             except (exceptions.BaseError, OSError) as error:
                 reason = _reason(error)
+                if _code(error) == "NoSuchBucket":  # of listings obstore tells by the answer alone
+                    raise self._no_such_bucket() from None
+                if isinstance(error, refusals) or reason.startswith(("401", "403")):
+                    raise StorageError(
+                        f"{location}: the store refuses ({reason}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+                        "or AWS_PROFILE, and what they may do"
+                    ) from None
             wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt) * self._waits.uniform(0.5, 1)
             left = deadline - time.monotonic() - wait
             if left <= 0:
@@ -180,6 +187,12 @@ class ObjectClient:
             log = logger.warning if attempt >= 3 else logger.info
             log("%s: not %s yet, attempt %d (%s); trying for another %.0f s", location, done, attempt, reason, left)
             time.sleep(wait)
+
+    def _no_such_bucket(self) -> StorageError:
+        where = self.endpoint or "AWS"
+        return StorageError(
+            f"s3://{self.bucket}: {where} has no such bucket; make it, or check its name and AWS_ENDPOINT_URL"
+        )
 
 
 def client_of(bucket: str) -> ObjectClient:
@@ -224,11 +237,17 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if _INSTANCE_ROLE in text:
         return "no credentials in the environment, and no instance role answers"
-    status, code = _STATUS.search(text), _CODE.search(text)
+    status, code = _STATUS.search(text), _code(error)
     if status:
-        return status[1].strip() + (f", {code[1]}" if code else "")
+        return status[1].strip() + (f", {code}" if code else "")
     line = re.sub(r"\?\S*", "", text.splitlines()[0] if text else type(error).__name__)
     return line.rpartition(": ")[2][:160] or type(error).__name__
+
+
+def _code(error: Exception) -> str:
+    """Return the code that the store's answer names the failure by, empty where it names none."""
+    code = _CODE.search(str(error))
+    return code[1] if code else ""
 
 
 def _advice(reason: str) -> str:

@@ -202,7 +202,7 @@ class StepLoader:
             batch_size=None,
             collate_fn=_as_is,
             num_workers=self.config.workers,
-            prefetch_factor=self.config.prefetch,
+            prefetch_factor=max(self.config.prefetch, -(-self.accumulation // self.config.workers)),  # a step at once
             multiprocessing_context=start_method(),
             worker_init_fn=start_worker,
         )

@@ -7,6 +7,7 @@ out-of-band buffers): one file descriptor and one copy per micro-batch, whatever
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import multiprocessing
@@ -96,6 +97,7 @@ def tune_memory() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else extension modules report all that they hold as leaked when a process ends
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES)

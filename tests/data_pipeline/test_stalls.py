@@ -23,7 +23,7 @@ CALL_S, BATCH_S = 0.02, 0.15
 """What a call per part or sample, and one per micro-batch, takes longer."""
 
 
-def loader_of(data: Any, *, workers: int) -> StepLoader:
+def loader_of(data: Any, *, workers: int, rows: int = 2) -> StepLoader:
     config = DataConfig(
         sources=[SourceConfig(name="birds", shards=str(data.birds))],
         tokenizer=str(data.tokenizer),
@@ -31,7 +31,7 @@ def loader_of(data: Any, *, workers: int) -> StepLoader:
         geometry=MediaGeometry(image_patch_px=8, image_max_tokens=100),
         workers=workers,
     )
-    return StepLoader(config, rank=0, world_size=1, global_batch_rows=2, micro_batch_rows=1)
+    return StepLoader(config, rank=0, world_size=1, global_batch_rows=rows, micro_batch_rows=1)
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
@@ -94,6 +94,12 @@ def test_the_slow_stage_is_named_with_a_setting_that_helps(
 
 def test_batches_lie_ready_for_a_slow_rank(stream_data: Any) -> None:
     assert meter_after(loader_of(stream_data, workers=1), work_s=0.15).figures()["queue_depth"] >= 1
+
+
+def test_a_whole_step_lies_ready_where_that_is_more_than_prefetch(stream_data: Any) -> None:
+    loader = loader_of(stream_data, workers=1, rows=6)
+    assert loader.config.prefetch == 2
+    assert meter_after(loader, work_s=0.4).figures()["queue_depth"] > 4
 
 
 def test_a_rank_that_hardly_waits_hears_nothing() -> None:

@@ -51,6 +51,13 @@ def test_a_parcel_brings_equal_arrays_that_may_be_written(shared: bool, monkeypa
     assert content["b"][0][0, 0] == 0.0
 
 
+def test_a_process_set_up_for_batches_ends_quietly() -> None:
+    """Triton, which spawned workers import with the rank's program, tells at the end what it still holds."""
+    code = "import triton; from triweave.data_pipeline.stream.transport import tune_memory; tune_memory()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stderr == ""
+
+
 @pytest.mark.slow
 def test_a_fork_server_gives_the_same_stream(stream_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start method where the rank has a CUDA context, in which a fork would be unsafe."""

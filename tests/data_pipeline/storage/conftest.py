@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,14 +63,6 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     radosgw = beside("radosgw")
     if missing := radosgw.missing_programs():
         pytest.skip(f"not installed: {', '.join(missing)}; tests/launch/install_system_packages.sh installs them")
-    import obstore
-    from obstore.store import S3Store
-
     with radosgw.radosgw(tmp_path_factory.mktemp("ceph")) as server:
-        options = {"endpoint": server.endpoint, "access_key_id": server.access_key, "region": "us-east-1",
-                   "secret_access_key": server.secret_key}  # fmt: skip
-        client = S3Store("corpora", client_options={"allow_http": True}, **options)
-        url = obstore.sign(client, "PUT", "", timedelta(seconds=60))
-        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=60).close()
-        obstore.put(client, "ready", b"the first object makes the pool of the bucket's data, which takes seconds")
+        server.make_bucket("corpora")
         yield server

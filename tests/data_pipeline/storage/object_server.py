@@ -25,13 +25,13 @@ class Stored(NamedTuple):
 class ObjectServer:
     """endpoint: its URL. objects: "bucket/key" -> what is stored. log: (method, "bucket/key", Range header) so far.
 
-    failing: every read is answered 503.
+    failure: status and code that every read and listing is answered with.
     """
 
     endpoint: str = ""
     objects: dict[str, Stored] = field(default_factory=dict)
     log: list[tuple[str, str, str]] = field(default_factory=list)
-    failing: bool = False
+    failure: tuple[int, str] | None = None
     uploads: dict[str, tuple[dict[str, str], dict[int, bytes]]] = field(default_factory=dict)
 
     @property
@@ -90,8 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name, query = self._asked()
-        if self.state.failing:
-            self._fail(503, "SlowDown")
+        if self.state.failure:
+            self._fail(*self.state.failure)
             return
         if "list-type" in query:
             self._answer(200, self._listing(name, query["prefix"][0]).encode())

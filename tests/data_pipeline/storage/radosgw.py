@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
@@ -53,6 +54,8 @@ osd objectstore = memstore
 memstore device bytes = {store_bytes}
 osd data = {folder}/osd
 osd memory target = 939524096
+osd crush update on start = false
+osd class update on start = false
 [client]
 rgw frontends = beast endpoint=127.0.0.1:{rgw_port}
 rgw data = {folder}/rgw
@@ -81,6 +84,18 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_REGION": "us-east-1",
         }
+
+    def make_bucket(self, name: str) -> None:
+        """Make a bucket and its first object, for which Ceph makes the pool of the data; that takes seconds."""
+        import obstore
+        from obstore.store import S3Store
+
+        options = {"endpoint": self.endpoint, "access_key_id": self.access_key, "region": "us-east-1",
+                   "secret_access_key": self.secret_key}  # fmt: skip
+        client = S3Store(name, client_options={"allow_http": True}, **options)
+        url = obstore.sign(client, "PUT", "", timedelta(seconds=60))
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=60).close()
+        obstore.put(client, "ready", b"ready")
 
 
 def missing_programs() -> list[str]:
@@ -124,6 +139,7 @@ def radosgw(folder: Path, store_bytes: int = 2 << 30) -> Iterator[S3Server]:
         (folder / "osd").mkdir()
         _run(config, "ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         _run(config, "ceph", "osd", "crush", "add", "osd.0", "1.0", "host=h", "root=default")
+        # Told to (`update on start`), a quick one tells the monitor its place under a zero fsid, is refused, and ends.
         running.append(_start(config, "ceph-osd", "-f", "-i", "0"))
         user = ("--uid=tester", "--display-name=tester")
         keys = (f"--access-key={server.access_key}", f"--secret-key={server.secret_key}")
@@ -182,5 +198,6 @@ def _free_port() -> int:
 
 if __name__ == "__main__":  # for trying things by hand: python radosgw.py FOLDER
     with radosgw(Path(sys.argv[1])) as started:
+        started.make_bucket("corpora")
         print("\n".join(f"export {name}={value}" for name, value in started.environment.items()), flush=True)
         time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 3600)

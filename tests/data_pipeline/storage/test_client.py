@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from triweave.data_pipeline.errors import StorageError
-from triweave.data_pipeline.storage.client import ChangedObjectError, client_of, forget_clients, used_in_this_process
+from triweave.data_pipeline.storage.client import (
+    ChangedObjectError,
+    ObjectInfo,
+    client_of,
+    forget_clients,
+    used_in_this_process,
+)
 from triweave.data_pipeline.storage.credentials import store_options
 from triweave.data_pipeline.storage.files import read_file
 from triweave.data_pipeline.storage.location import is_remote, object_location, shown
@@ -146,6 +152,26 @@ def test_workers_are_not_forked_once_a_store_was_used(store: Any) -> None:
     assert start_method() == "fork"
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (
+            (404, "NoSuchBucket"),
+            "^s3://corpora: http://127.0.0.1:[0-9]+ has no such bucket; make it, or check its name",
+        ),
+        ((403, "AccessDenied"), r"the store refuses \(403 Forbidden, AccessDenied\); check AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_what_no_repetition_mends_is_said_at_once(store: Any, failure: tuple[int, str], message: str) -> None:
+    client = client_of("corpora")
+    store.failure = failure
+    for ask in (lambda: client.names("x"), lambda: client.range("x", 0, 1, ObjectInfo(size=1, etag="", modified=""))):
+        store.log.clear()
+        with pytest.raises(StorageError, match=message):
+            ask()
+        assert len(store.log) == 1
+
+
 @pytest.mark.slow
 def test_radosgw_refuses_wrong_keys_and_secrets_stay_secret(
     ceph: Any, use_store: Callable[..., None], caplog: pytest.LogCaptureFixture
@@ -155,6 +181,17 @@ def test_radosgw_refuses_wrong_keys_and_secrets_stay_secret(
         with caplog.at_level(logging.DEBUG), pytest.raises(StorageError, match="the store refuses") as caught:
             read_file("s3://corpora/x")
         assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
+        with pytest.raises(StorageError, match="the store refuses"):
+            client_of("corpora").names("x")
+
+
+@pytest.mark.slow
+def test_radosgw_has_no_such_bucket(ceph: Any, use_store: Callable[..., None]) -> None:
+    use_store(ceph.environment)
+    client = client_of("elsewhere")
+    for ask in (lambda: client.names("x"), lambda: client.put("x", b"hello", "", "create")):
+        with pytest.raises(StorageError, match=r"^s3://elsewhere: .* has no such bucket"):
+            ask()
 
 
 @pytest.mark.slow

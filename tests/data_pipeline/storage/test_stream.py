@@ -122,7 +122,7 @@ def test_an_outage_under_a_worker_process_is_one_line(
     use_store(store.environment, S3_DEADLINE_S=1, S3_READ_AHEAD=0)
     windows = iter(loader)
     next(windows)
-    store.failing = True
+    store.failure = (503, "SlowDown")
     with pytest.raises(StorageError, match="could not be read within 1 s") as caught:
         deque(islice(windows, STEPS), maxlen=0)
     assert "\n" not in str(caught.value)

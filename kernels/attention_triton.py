@@ -95,7 +95,8 @@ def forward_kernel(
             )
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), peak * scale + tl.log(total))
+    in_base_2 = peak * (scale * 1.4426950408889634) + tl.log2(total)  # rounded as the backward rounds scores
+    lse = tl.where(empty, float("-inf"), in_base_2 * 0.6931471805599453)
     tl.store(lse_ptr + (b * heads + h) * S + rows, lse, mask=in_rows)
     out_rows = out_ptr + ((b * S + rows)[:, None] * heads + h) * WIDTH
     sum0, sum1 = sum0 / total[:, None], sum1 / total[:, None]

@@ -92,7 +92,8 @@ def forward_kernel(
         # the rows again, by the table's copy of QUERY_TILE: all that follows from them would stay in registers
         ended = tile * tl.load(table_ptr + 3) + tl.arange(0, QUERY_TILE)
         in_ended = ended < S
-        lse = tl.where(empty, float("-inf"), peak * scale + tl.log(total))
+        in_base_2 = peak * (scale * 1.4426950408889634) + tl.log2(total)  # rounded as the backward rounds scores
+        lse = tl.where(empty, float("-inf"), in_base_2 * 0.6931471805599453)
         tl.store(lse_ptr + ((part * tl.num_programs(2) + b) * heads + h) * S + ended, lse, mask=in_ended)
         sum0, sum1 = sum0 / total[:, None], sum1 / total[:, None]
         home = tl.load(layout_row + ended, mask=in_ended, other=0).to(tl.int64)[:, None]

@@ -130,7 +130,7 @@ MUTATIONS = {
     "a key too few at the mask's start": ("keys[None, :] >= lo[:, None]", "keys[None, :] > lo[:, None]"),
     "the scale is missing": ("to_base_2 = scale * 1.4426950408889634", "to_base_2 = 1.4426950408889634"),
     "the scale is missing in dq": ("dq0 * scale", "dq0"),
-    "the log-sum-exp is of the peak alone": ("peak * scale + tl.log(total)", "peak * scale"),
+    "the log-sum-exp is of the peak alone": (" + tl.log2(total)", ""),
     "dk and dv see a mask of their own": ("keys[:, None] < hi[None, :]", "keys[:, None] <= hi[None, :]"),
 }
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -97,8 +99,18 @@ def _top_level_parser() -> argparse.ArgumentParser:
 
 
 def entry() -> NoReturn:
-    """Run the console script; a command that has joined a process group leaves it behind as its rank has to."""
-    code = main()
+    """Run the console script; a command that has joined a process group leaves it behind as its rank has to.
+
+    Whoever reads the output may stop reading, as `| head` does: exit code 141, as of a program that SIGPIPE ended.
+    """
+    try:
+        try:
+            code = main()
+        finally:  # --help leaves by SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes there once more at its end
+        code = 128 + signal.SIGPIPE
     world = sys.modules.get("triweave.pretrain.world")
     if world is not None:
         world.leave(code)

@@ -57,6 +57,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     from triweave.kernels.tuning.tune_triton import DTYPES, compile_ahead, cuda_clock, row, tune_attention
 
     dtypes, widths = _names(arguments.dtype), _widths(arguments.head_dim)
+    if arguments.jobs < 1:
+        raise KernelInputError(f"kernels tune: --jobs is {arguments.jobs}; give 1 or more")
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise KernelInputError(f"kernels tune: there is no dtype {dtype!r}; known are {', '.join(DTYPES)}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from triweave.launch.report.plots import FONT_PX, HEIGHT_PX, measured_figure, say_unit
+from triweave.launch.report.plots import FONT_PX, HEIGHT_PX, measured_figure, put_legend, say_unit
 from triweave.launch.report.svg import STAND_INS, figure_svg
 from triweave.launch.report.wording import number, readable
 
@@ -49,17 +49,7 @@ def histogram_plot(
         axes.set_xlabel(unit, color=STAND_INS["muted"], fontsize=FONT_PX, loc="right")
         say_unit(axes, "how many")
         if shown:
-            handles, labels = axes.get_legend_handles_labels()
-            figure.legend(
-                *(handles, labels),
-                loc="upper left",
-                bbox_to_anchor=(0, 1),
-                ncols=2,
-                frameon=False,
-                fontsize=FONT_PX,
-                labelcolor=STAND_INS["ink"],
-                borderaxespad=0.2,
-            )
+            put_legend(figure, axes, columns=2)
         return figure_svg(figure, name=name, title=title, description=describe(column.tolist(), unit))
 
 

@@ -87,7 +87,7 @@ def curve_plot(
         axes.set_xlabel("optimizer step", color=STAND_INS["muted"], fontsize=FONT_PX, loc="right")
         say_unit(axes, unit)
         if legend_rows:
-            _legend(figure, axes)
+            put_legend(figure, axes)
         about = "; ".join(_describe(item) for item in series)
         return figure_svg(figure, name=name, title=title, description=about)
 
@@ -142,7 +142,7 @@ def interval_plot(
         for number, mark in enumerate(marks):
             axes.plot([], [], linestyle="none", label=readable(mark, LEGEND_LETTERS), **_mark_style(number, mark))
         if legend_rows:
-            _legend(figure, axes)
+            put_legend(figure, axes)
         about = "; ".join(_describe_group(group, scale, unit) for group in groups)
         return figure_svg(figure, name=name, title=title, description=about)
 
@@ -208,14 +208,14 @@ def say_unit(axes: Axes, unit: str) -> None:
     axes.set_title(unit, loc="left", fontsize=FONT_PX, color=STAND_INS["muted"], pad=6)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend into the strip above the unit, three entries a row."""
+def put_legend(figure: Figure, axes: Axes, *, columns: int = 3) -> None:
+    """Put the legend into the strip above the unit, `columns` entries a row."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         *(handles, labels),
         loc="upper left",
         bbox_to_anchor=(0, 1),
-        ncols=3,
+        ncols=columns,
         frameon=False,
         fontsize=FONT_PX,
         labelcolor=STAND_INS["ink"],

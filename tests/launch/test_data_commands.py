@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +148,12 @@ def test_a_shard_size_that_is_no_size(
 ) -> None:
     assert main(build(corpus, tmp_path / "shards", "--shard-size-mb", size)) == 2
     assert f"--shard-size-mb {size}: must be a finite number" in capsys.readouterr().err
+
+
+def test_who_stops_reading_the_output_gets_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "triweave.launch.cli", "kernels", "roofline", "--chip", "h100", "--json"]
+    with os.fdopen(write, "wb") as output:
+        result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -54,7 +55,7 @@ class Contender(Protocol):
         """Make the first pack behind the prepared state."""
 
 
-class SampleStream:
+class SampleStream(ABC):
     """A loader that yields samples: the work on them is the same for all, only `samples` differs."""
 
     def __init__(self, setting: Setting) -> None:
@@ -62,13 +63,13 @@ class SampleStream:
         self.tokenizer = Tokenizer.load(setting.config.tokenizer)
         self.state: Any = None
 
+    @abstractmethod
     def samples(self, state: Any = None) -> Iterator[Members]:
         """Yield the members of every sample of an epoch, or those behind a state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_behind(self, count: int) -> Any:
         """Return the loader's state behind `count` samples."""
-        raise NotImplementedError
 
     def raw(self) -> int:
         """Read and checksum every sample."""

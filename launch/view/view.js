@@ -13,11 +13,15 @@ const list = new List(openDocument);
 
 function openDocument(number) {
   const last = state.folders[state.folder].samples - 1;
-  if (last >= 0) location.hash = `#documents/${state.folder}/${Math.max(0, Math.min(last, number))}`;
+  if (last < 0) return;
+  const chosen = Math.max(0, Math.min(last, number));
+  location.hash = `#documents/${state.folder}/${chosen}`;
+  list.mark(chosen);  // the browser tells of the new address later; a key that comes before counts from here
 }
 
 function openPack(block, row) {
-  location.hash = `#packs/${Math.max(0, block)}/${Math.max(0, row)}`;
+  Object.assign(state, { block: Math.max(0, block), row: Math.max(0, row) });
+  location.hash = `#packs/${state.block}/${state.row}`;
 }
 
 async function route() {

@@ -161,6 +161,22 @@ def test_what_is_left_falls_silent_and_never_comes_late(watch: Callable[..., Wat
     heading(page, "item/6")
 
 
+def test_keys_count_from_each_other_before_the_address_has_changed(
+    watch: Callable[..., Watched], view_server: ViewServer
+) -> None:
+    page = watch().page
+    page.goto(f"{view_server.url}#documents/0/4")
+    heading(page, "item/4")
+    wait_for(page, "document.querySelectorAll('#list a').length === 40")
+    press = "() => document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'j', bubbles: true }))"
+    page.evaluate(f"() => {{ const press = {press}; press(); press(); press(); }}")
+    heading(page, "item/7")
+    page.keyboard.press("p")
+    page.locator(".matrix polygon").first.wait_for()
+    page.evaluate(f"() => {{ const press = {press}; press(); press(); }}")
+    wait_for(page, "location.hash === '#packs/0/2'")
+
+
 @pytest.mark.slow
 def test_a_piece_of_a_pack_leads_to_its_document(watch: Callable[..., Watched], view_server: ViewServer) -> None:
     page = watch().page

@@ -27,7 +27,7 @@ from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.model_config import ModelConfig
 from triweave.pretrain.optimizer import OptimizerConfig
 from triweave.pretrain.schedule import ScheduleConfig
-from triweave.pretrain.zero import TrainConfig, deepspeed_config
+from triweave.pretrain.train_config import TrainConfig, deepspeed_config
 
 SEED_LIMIT = 2**63
 

@@ -20,7 +20,8 @@ from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
 from triweave.pretrain.optimizer import OptimizerConfig
 from triweave.pretrain.schedule import ScheduleConfig
-from triweave.pretrain.zero import Engine, TrainConfig
+from triweave.pretrain.train_config import TrainConfig
+from triweave.pretrain.zero import Engine
 
 FEATURES = {"image": 12, "audio": 12}
 """Towers of equal size: mixed-up reductions then go unnoticed unless their values are compared."""

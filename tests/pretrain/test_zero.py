@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.zero import OWNED_KEYS, TrainConfig, deepspeed_config
+from triweave.pretrain.train_config import OWNED_KEYS, TrainConfig, deepspeed_config
 
 THIS = Path(__file__)
 TASKS = THIS.with_name("engine_tasks.py")

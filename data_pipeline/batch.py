@@ -15,6 +15,8 @@ import numpy.typing as npt
 TEXT_ID = 0
 """Modality id of text; media modalities take their ids from the registry, padding is -1."""
 PADDING_ID = -1
+Label = str | int | float
+"""What a document label can be to reach a batch; truth values are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,8 @@ class PackedBatch:
     sample_ids: per row, one `source:epoch:key:first_token:end_token` per document piece, with `:alone` behind it for
         one-span segments; fillers end in `:filler`.
     sample_hashes: per row, the xxh3 of each piece's tokens, in the order of sample_ids.
+    labels: per row, the labels of each piece's document that `data.labels` names and it has; a filler has none. The
+        piece `document_ids` numbers k in row b is labels[b][k]. Empty for a batch made without.
     extra: whatever `post_pack` adds (tile tables).
     """
 
@@ -132,6 +136,7 @@ class PackedBatch:
     sample_ids: list[list[str]]
     sample_hashes: list[list[int]]
     segments: Segments = field(default_factory=Segments.none)
+    labels: list[list[dict[str, Label]]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -191,6 +191,8 @@ class DataConfig:
     block_samples: int = 65_536
     """Samples that are shuffled and packed together: more mixes better and costs each process memory, about 1 kB
     each."""
+    labels: list[str] = field(default_factory=list)
+    """Document labels that travel with every batch, for objectives that learn from them; `triweave stats` lists them."""
     seed: int = 0
     """Seed of every order the plan draws."""
     workers: int = 2

@@ -103,20 +103,7 @@ def modality_of_extension(extension: str) -> Modality | None:
     return next((modality for modality in MODALITIES.values() if ending in modality.extensions), None)
 
 
-def grids(
-    modality: Modality,
-    geometry: MediaGeometry,
-    *,
-    widths: npt.NDArray[Any],
-    heights: npt.NDArray[Any],
-    samples: npt.NDArray[Any],
-    rates: npt.NDArray[Any],
-) -> npt.NDArray[np.int32]:
-    """Return int32 [N, 3] token grids of N items of one modality; each distinct info is computed once."""
-    infos = np.stack([np.asarray(column, np.int64) for column in (widths, heights, samples, rates)], axis=1)
-    distinct, inverse = np.unique(infos, axis=0, return_inverse=True)
-    table = np.empty((len(distinct), 3), np.int32)
-    for row, (width, height, length, rate) in enumerate(distinct.tolist()):
-        info = MediaInfo(width=width, height=height, samples=length, rate=rate)
-        table[row] = modality.grid(info, geometry)
-    return table[inverse.reshape(-1)]
+def grids(modality: Modality, geometry: MediaGeometry, infos: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Return int32 [N, 3] token grids of items of one modality; infos [N, 4] has the fields of MediaInfo."""
+    found = [modality.grid(MediaInfo(*info), geometry) for info in infos.tolist()]
+    return np.asarray(found, np.int32).reshape(-1, 3)

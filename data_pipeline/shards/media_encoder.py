@@ -7,7 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -168,7 +168,7 @@ def _pack(part: MediaPart) -> bytes:
         "modality": part.modality,
         "extension": part.extension,
         "mime": part.mime,
-        "info": asdict(part.info),
+        "info": part.info._asdict(),
         "xxh3": part.xxh3,
     }
     return json.dumps(header).encode() + b"\n" + (part.data or b"")

@@ -251,9 +251,7 @@ def _part_grids(
         chosen = np.flatnonzero(kinds == modality.id)
         if len(chosen):
             first, inverse = _distinct(infos[chosen])
-            widths, heights, samples, rates = infos[chosen[first]].T
-            found = grids(modality, geometry, widths=widths, heights=heights, samples=samples, rates=rates)
-            result[chosen] = found[inverse]
+            result[chosen] = grids(modality, geometry, infos[chosen[first]])[inverse]
     return result
 
 

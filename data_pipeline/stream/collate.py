@@ -109,6 +109,7 @@ def collate(
         segments=_segments(pieces, row_of_piece, row_first, S) if in_segment.any() else Segments.none(),
         sample_ids=[[piece.sample_id for piece in row.pieces] for row in rows],
         sample_hashes=[[piece.sample_hash for piece in row.pieces] for row in rows],
+        labels=[[piece.labels for piece in row.pieces] for row in rows],
     )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import xxhash
 
+from triweave.data_pipeline.batch import Label
 from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES, Modality
 from triweave.data_pipeline.splits import normalise_text
@@ -51,14 +52,14 @@ class AloneSpan(NamedTuple):
     group_key: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece ready to be packed; its media lie in the micro-batch's MediaBuffers.
 
     tokens: int32 [n].
     runs: see PieceLayout.
     weight: 1, or 0 for a filler.
     alone: set where the piece is a one-span segment.
+    labels: those of its document that `data.labels` names; none in a filler.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -67,6 +68,7 @@ class Piece:
     sample_id: str
     sample_hash: int
     alone: AloneSpan | None = None
+    labels: dict[str, Label] = {}  # noqa: RUF012 - never changed
 
 
 class MediaBuffers:
@@ -198,6 +200,7 @@ class PieceMaker:
         content: tuple[int, int, int],
         *,
         weight: float,
+        labels: dict[str, Label] | None = None,
     ) -> Piece:
         """Return a stretch of tokens as a Piece; content: modality, content key and group key of its segment."""
         key = self.planner.catalog(piece.source, piece.shard).key_list[piece.sample]
@@ -210,6 +213,7 @@ class PieceMaker:
             sample_id=f"{name}:{piece.epoch}:{key}:{layout.first}:{layout.end}{ending}",
             sample_hash=xxhash.xxh3_64_intdigest(tokens.data),
             alone=AloneSpan(piece.item, *content) if layout.alone else None,
+            labels=labels or {},
         )
 
     def _skeleton(self, layout: PieceLayout) -> npt.NDArray[np.int32]:
@@ -232,7 +236,7 @@ class PieceMaker:
         catalog = self.planner.catalog(piece.source, piece.shard)
         start = catalog.json_offsets.item(piece.sample) - catalog.offsets.item(piece.sample)
         end = start + catalog.json_sizes.item(piece.sample)
-        document: dict[str, Any] = json.loads(str(samples[piece.sample][start:end], "utf-8"))
+        document: dict[str, Any] = orjson.loads(samples[piece.sample][start:end])
         return document
 
     def _filled(
@@ -265,7 +269,8 @@ class PieceMaker:
             tokens[at : at + end - first] = encoded[first:end]
             if layout.alone:
                 content = (kind, text_key(text), _group_key(document))
-        return self._piece(piece, layout, tokens, content, weight=1.0)
+        labels = chosen_labels(document["labels"], self.planner.config.labels)
+        return self._piece(piece, layout, tokens, content, weight=1.0, labels=labels)
 
     def _medium(self, catalog: ShardCatalog, sample: int, place: int, samples: SampleBytes) -> bytes:
         """Return the encoded bytes of a media part."""
@@ -286,6 +291,15 @@ class PieceMaker:
         if len(values) != (planned := catalog.part_tokens.item(place)):
             raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {planned}", owner)
         return values
+
+
+def chosen_labels(labels: dict[str, Any], names: Sequence[str]) -> dict[str, Label]:
+    """Return the labels `names` of a document, those it has as a text, a number or a truth value.
+
+    >>> chosen_labels({"category": "animals", "stars": 4, "tags": ["a"]}, ["category", "tags", "author"])
+    {'category': 'animals'}
+    """
+    return {name: value for name in names if isinstance(value := labels.get(name), str | int | float)}
 
 
 def text_key(text: str) -> int:

@@ -88,20 +88,15 @@ def test_unknown_endings_have_no_modality():
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=20))
 @settings(deadline=None)
 def test_grids_is_grid_row_by_row(sizes):
-    widths, heights = map(np.array, zip(*sizes, strict=True))
-    zeros = np.zeros(len(sizes), np.int64)
-    table = grids(MODALITIES["image"], SMALL, widths=widths, heights=heights, samples=zeros, rates=zeros)
+    infos = [MediaInfo(width=width, height=height) for width, height in sizes]
+    table = grids(MODALITIES["image"], SMALL, np.array(infos))
     assert table.dtype == np.int32
-    expected = [MODALITIES["image"].grid(MediaInfo(width=w, height=h), SMALL) for w, h in sizes]
+    expected = [MODALITIES["image"].grid(info, SMALL) for info in infos]
     assert table.tolist() == [list(grid) for grid in expected]
 
 
 def test_grids_of_nothing_is_empty():
-    nothing = np.zeros(0, np.int64)
-    assert grids(MODALITIES["audio"], SMALL, widths=nothing, heights=nothing, samples=nothing, rates=nothing).shape == (
-        0,
-        3,
-    )
+    assert grids(MODALITIES["audio"], SMALL, np.zeros((0, 4), np.int64)).shape == (0, 3)
 
 
 def sensor_probe(data):
@@ -131,7 +126,7 @@ def test_a_toy_sensor_joins_without_touching_the_core(monkeypatch):
     data = np.arange(10, dtype=np.float32).tobytes()
     info, _, _ = modality.probe(data)
     values = modality.decode(data, info, geometry)
-    counted = grids(modality, geometry, widths=[0], heights=[0], samples=[info.samples], rates=[info.rate])
+    counted = grids(modality, geometry, np.array([info]))
     assert values.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
     assert counted.tolist() == [[3, 1, 1]]
     assert geometry.hash != MediaGeometry().hash

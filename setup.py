@@ -55,10 +55,12 @@ EXTRAS = {
     "ray": ["ray>=2.50"],  # shards built by a cluster
     # What `triweave bench loader --peers` measures; streaming wants older numpy and xxhash than constraints.txt has.
     "bench": ["megatron-energon>=7.4", "litdata>=0.2.76", "mosaicml-streaming>=0.13"],
+    "interop": ["tokenizers>=0.21"],  # text of imported models, which have a tokenizer.json
     "dev": [
         "ray>=2.50",  # the tests of the ray extra
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hung collective fails its test instead of the suite
+        "psutil>=6",  # finds the loader workers that the soak kills
         "hypothesis>=6.130",  # shapes and corruptions nobody thought of
         "ruff>=0.9",
         "mypy>=1.15",
@@ -72,6 +74,8 @@ EXTRAS = {
         "av>=15",  # the tests of the video extra
         "datasets>=5",  # writes the folders that its source reads, and reads our shards
         "playwright>=1.60",  # drives the system's chromium in the tests of the viewer
+        "tokenizers>=0.21",  # the tests of the interop extra
+        "transformers>=5",  # the oracle of imported and exported models; nothing of ours imports it
         "setuptools>=77",  # the packaging tests build without a network
     ],
 }

@@ -192,7 +192,7 @@ class DataConfig:
     """Samples that are shuffled and packed together: more mixes better and costs each process memory, about 1 kB
     each."""
     labels: list[str] = field(default_factory=list)
-    """Document labels that travel with every batch, for objectives that learn from them; `triweave stats` lists them."""
+    """Document labels that come with every batch, for objectives that learn them; `triweave stats` lists them."""
     seed: int = 0
     """Seed of every order the plan draws."""
     workers: int = 2

@@ -16,6 +16,7 @@ DataError
 ├── TokenizerError      a tokenizer cannot be trained or used as asked
 ├── ConfigError         the data config asks for something that does not exist or cannot be
 ├── StateError          a saved stream state cannot be continued with this config
+├── LabelError          a document label has a value that an objective cannot learn
 ├── WindowError         batch sizes and ranks do not fit together, or a plan has no rows
 └── CorruptionBudgetError  more samples are damaged than `data.corrupt_budget` allows
 """
@@ -83,6 +84,10 @@ class ConfigError(DataError):
 
 class StateError(DataError):
     """A saved stream state cannot be continued with this config."""
+
+
+class LabelError(DataError):
+    """A document label has a value that an objective cannot learn."""
 
 
 class WindowError(DataError):

@@ -48,10 +48,12 @@ class LaunchCommand:
         return " ".join([*variables, shlex.join(self.arguments)])
 
 
-def local_command(training: Sequence[str], *, machine: Machine, ranks: int, port: int) -> LaunchCommand:
+def local_command(
+    training: Sequence[str], *, machine: Machine, ranks: int, port: int, script: Path | None = None
+) -> LaunchCommand:
     """Return the command that starts `ranks` ranks here.
 
-    training: arguments of train.py.
+    training: arguments of the script, by default train.py.
 
     Each rank gets an equal share of the cores for its threads unless OMP_NUM_THREADS is set already.
     """
@@ -62,7 +64,7 @@ def local_command(training: Sequence[str], *, machine: Machine, ranks: int, port
         where = ["--num_accelerators", str(ranks)]
         environment["DS_ACCELERATOR"] = "cpu"
     return LaunchCommand(
-        arguments=(find_deepspeed(), *where, *_common(port), str(train_script()), *training),
+        arguments=(find_deepspeed(), *where, *_common(port), str(script or train_script()), *training),
         environment=environment,
         ranks=ranks,
     )
@@ -136,11 +138,14 @@ def find_deepspeed() -> str:
 
 def train_script() -> Path:
     """Return the path of pretrain/train.py without importing it."""
-    spec = importlib.util.find_spec("triweave.pretrain.train")
+    return script_of("triweave.pretrain.train")
+
+
+def script_of(module: str) -> Path:
+    """Return the path of a module without importing it. Raises LaunchError where it is not installed."""
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise LaunchError(
-            "triweave.pretrain.train is not installed; install Triweave: pip install -e . (or make install)"
-        )
+        raise LaunchError(f"{module} is not installed; install Triweave: pip install -e . (or make install)")
     return Path(spec.origin)
 
 

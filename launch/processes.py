@@ -43,10 +43,12 @@ class Outcome:
 
     exit_code: 0, the code of the rank that failed, or 128 + the signal that ended it.
     stopped_by: the signal that this process was sent meanwhile, or None.
+    cut_short: whether it was killed because `run_to_end` was told to end it.
     """
 
     exit_code: int
     stopped_by: signal.Signals | None = None
+    cut_short: bool = False
 
 
 class OutputFilter:
@@ -93,12 +95,14 @@ def run_to_end(
     log: IO[bytes],
     show: Callable[[bytes], object] | None = None,
     started: Callable[[int], object] | None = None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Start the launcher, wait for it and return how it ended.
 
     log: gets every byte the ranks print.
     show: gets what a person should see; standard error by default.
     started: gets the process group of the launch as soon as it runs.
+    ended: asked several times a second; where it returns True the launch is killed.
 
     SIGINT and SIGTERM to this process end the ranks on all machines; when this returns, no process of the launch is
     left here. Signal handlers are put back.
@@ -113,6 +117,7 @@ def run_to_end(
         if sys.stderr.isatty():
             environment |= INTERACTIVE | {"COLUMNS": str(os.get_terminal_size(sys.stderr.fileno()).columns)}
     received: list[signal.Signals] = []
+    cut_short = False
     with (
         _noted_signals(received),
         subprocess.Popen(
@@ -127,13 +132,13 @@ def run_to_end(
         try:
             if started is not None:
                 started(process.pid)
-            _pump(process, received, log, OutputFilter(show))
-            abandoned = not received and _outlived_by_ranks(process.pid)
+            cut_short = _pump(process, received, log, OutputFilter(show), ended)
+            abandoned = not received and not cut_short and _outlived_by_ranks(process.pid)
         finally:
-            _stop(process, command)
+            _stop(process, command, grace_s=0.0 if cut_short else GRACE_S)
         # a launcher that is killed lets the DeepSpeed runner exit with 0 while ranks still work
         exit_code = 1 if abandoned and process.returncode == 0 else _shell_code(process.returncode)
-        return Outcome(exit_code=exit_code, stopped_by=received[0] if received else None)
+        return Outcome(exit_code=exit_code, stopped_by=received[0] if received else None, cut_short=cut_short)
 
 
 def group_members(group: int) -> list[int]:
@@ -164,13 +169,21 @@ def _noted_signals(received: list[signal.Signals]) -> Iterator[None]:
 
 
 def _pump(
-    process: subprocess.Popen[bytes], received: list[signal.Signals], log: IO[bytes], lines: OutputFilter
-) -> None:
-    """Copy the output until the launcher has ended or a signal came."""
+    process: subprocess.Popen[bytes],
+    received: list[signal.Signals],
+    log: IO[bytes],
+    lines: OutputFilter,
+    ended_by_watch: Callable[[], bool],
+) -> bool:
+    """Copy the output until the launcher has ended, a signal came, or the watch ends it; return whether it did."""
     assert process.stdout is not None
+    cut_short = False
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while not received:
+            if ended_by_watch():
+                cut_short = True
+                break
             ended = process.poll() is not None
             if not selector.select(POLL_S):
                 lines.flush()
@@ -184,8 +197,9 @@ def _pump(
             log.flush()
             lines.feed(data)
     lines.close()
-    if not received:
+    if not received and not cut_short:
         process.wait()
+    return cut_short
 
 
 def _outlived_by_ranks(group: int) -> bool:
@@ -203,14 +217,14 @@ def _wait_for_group(group: int, seconds: float) -> bool:
     return True
 
 
-def _stop(process: subprocess.Popen[bytes], command: LaunchCommand) -> None:
-    """End what is left of the launch, here and on the other machines."""
+def _stop(process: subprocess.Popen[bytes], command: LaunchCommand, *, grace_s: float) -> None:
+    """End what is left of the launch, here and on the other machines; grace_s: for ranks that can still end well."""
     group = process.pid
     if process.poll() is None and command.remote_hosts:
         _stop_remote(command)  # the local pdsh ends with them; SIGTERM would wake DeepSpeed's broad pkill
     else:
         _signal_group(group, signal.SIGTERM)
-    _wait_for_group(group, GRACE_S)
+    _wait_for_group(group, grace_s)
     _signal_group(group, signal.SIGKILL)
     process.wait()
     _wait_for_group(group, LINGER_S)  # the kernel takes a moment to remove what was killed

@@ -29,10 +29,10 @@ NAMED = 5
 class Audit:
     """What a ledger says.
 
-    consumed: pieces (source, epoch, sample, token span) trained on. rows, steps: of the surviving lineage.
-    lost: plan rows before the last one that no step trained on.
+    consumed: pieces (source, epoch, sample, token span) trained on. rows, steps: of the surviving lineage, skipped ones
+    included. lost: plan rows before the last one that no step had.
     repeated: rows trained on by two steps, pieces that are in two rows, and pieces that share tokens with another one.
-    skipped: rows that were left out on purpose; no part of Triweave does that yet.
+    skipped: rows whose step the run's health left out or rolled back; neither lost nor seen by the weights.
     filled: pieces that were fillers. replayed: rows trained on again, after a kill, by the lineage that survived.
     order_equal: the rows came in the plan's order, and every replay, and `same_as`, had the same pieces in it.
     world_sizes: ranks of each attempt of the lineage, in order. problems: what is wrong, in words.
@@ -90,10 +90,10 @@ def audit(run_dir: str | Path, same_as: str | Path | None = None) -> Audit:
     return Audit(
         rows=len(rows),
         steps=len({row.step for row in rows}),
-        consumed=pieces.total(),
+        consumed=sum(len(row.ids) for row in rows if not row.skipped),
         lost=len(lost),
         repeated=len(twice) + len(copies) + len(overlaps),
-        skipped=0,
+        skipped=sum(bool(row.skipped) for row in rows),
         filled=sum(name.endswith(FILLER) for row in rows for name in row.ids),
         replayed=len({row.row for row in replays}),
         order_equal=not disordered and not differing and not foreign,

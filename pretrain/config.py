@@ -23,8 +23,17 @@ import yaml
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import DataError
 from triweave.pretrain.checkpoint import CheckpointConfig
+from triweave.pretrain.encoders.config import check_encoders
 from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.health.settings import HealthConfig
 from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.objectives.config import (
+    SEGMENT_OBJECTIVES,
+    ClassificationConfig,
+    RegressionConfig,
+    TasksConfig,
+)
+from triweave.pretrain.open_models.config import INIT_PARTS, check_open_encoders
 from triweave.pretrain.optimizer import OptimizerConfig
 from triweave.pretrain.schedule import ScheduleConfig
 from triweave.pretrain.train_config import TrainConfig, deepspeed_config
@@ -44,6 +53,9 @@ class RunConfig:
     """Seed of the initial weights; the order of the data has its own, data.seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture."""
+    init_from: dict[str, str] = field(default_factory=dict)
+    """{model: FOLDER} starts from a local transformers folder, whose model section `triweave import` writes; a resumed
+    run goes on from its checkpoint and does not look at it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and clipping."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -52,6 +64,10 @@ class RunConfig:
     """Steps, batch, ZeRO stage, precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save and what to keep."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    """Which of the objectives a step trains."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """What is done about bad steps and about ranks that stand still."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Passed to DeepSpeed as written; keys that follow from the other sections are refused."""
 
@@ -60,8 +76,36 @@ class RunConfig:
             raise PretrainError("run_dir is empty; name the folder this run writes to")
         if not 0 <= self.seed < SEED_LIMIT:
             raise PretrainError(f"seed is {self.seed}; it must be in [0, 2**63)")
+        check_encoders(self.model.encoders, self.data.geometry)
+        check_open_encoders(self.model.open_encoders, self.data.geometry)
+        for part in self.init_from:
+            if part not in INIT_PARTS:
+                raise PretrainError(f"init_from.{part}: unknown key; known: {', '.join(INIT_PARTS)}")
+        self._check_objectives()
         if self.model.objectives.get("contrastive"):
             self._check_contrastive()
+
+    def _check_objectives(self) -> None:
+        """Raise PretrainError where the data lacks what an objective learns from, or the schedule of tasks is none."""
+        wanted = self.model.objectives
+        self.tasks.check(wanted)
+        labelled: dict[str, ClassificationConfig | RegressionConfig] = {
+            "classification": self.model.classification,
+            "regression": self.model.regression,
+        }
+        for name, settings in labelled.items():
+            if name in wanted and settings.label not in self.data.labels:
+                raise PretrainError(
+                    f"model.{name}.label is {settings.label} but data.labels is {self.data.labels}, so no batch brings "
+                    f"it; set data.labels={[*self.data.labels, settings.label]}"
+                )
+        over_segments = [name for name, settings in labelled.items() if settings.over != "documents"]
+        for name in wanted:
+            if name in (*SEGMENT_OBJECTIVES[1:], *over_segments) and not self.data.packing.contrastive_share > 0:
+                raise PretrainError(
+                    f"model.objectives has {name}, which learns from parts that are packed alone, but "
+                    "data.packing.contrastive_share is 0; set data.packing.contrastive_share=1.0"
+                )
 
     def _check_contrastive(self) -> None:
         """Raise PretrainError unless the data has segments, and every group of them lies within one step."""
@@ -102,13 +146,15 @@ class RunConfig:
             )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, text: str | None = None) -> RunConfig:
     """Return the config of a YAML file with dotted overrides such as `model.layers=4` applied.
+
+    text: what the file says, where it is no file of this machine; `path` only names it then.
 
     Raises PretrainError (or the DataError of the `data:` section), one line each, for a file that is missing or no
     YAML mapping, an unknown key, a value of the wrong type or out of range, and a `deepspeed` key that we decide.
     """
-    tree = _read_mapping(Path(path))
+    tree = _read_mapping(Path(path), text)
     for override in overrides:
         _apply_override(tree, override)
     _check_keys(RunConfig, tree, "")
@@ -153,9 +199,9 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, text: str | None) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8") if text is None else text)
     except OSError as error:
         raise PretrainError(f"{path}: cannot read the config: {error.strerror}; pass an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -182,7 +228,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         elif typing.get_origin(owner) is not dict and owner is not Any:
             raise PretrainError(f"{name}: {'.'.join(keys[:depth])} is one value and has no keys of its own")
         else:
-            owner = Any
+            owner = (typing.get_args(owner) or (Any,))[-1]
         if last:
             here[key] = text if owner is str else _yaml_value(name, text)
             return
@@ -216,11 +262,12 @@ def _check_keys(owner: type, tree: Any, prefix: str, *, shallow: bool = False) -
             raise PretrainError(f"{prefix}{key} is null; give it a value, or remove the key where it has a default")
         if dataclasses.is_dataclass(inner):
             _check_keys(typing.cast(type, inner), value, f"{prefix}{key}.")
-        elif typing.get_origin(inner) is list and isinstance(value, list):
-            element = typing.get_args(inner)[0]
-            for number, item in enumerate(value):
+        elif typing.get_origin(inner) in (list, dict) and isinstance(value, list | dict):
+            element = typing.get_args(inner)[-1]
+            for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if dataclasses.is_dataclass(element):
-                    _check_keys(typing.cast(type, element), item, f"{prefix}{key}[{number}].")
+                    place = f".{name}" if isinstance(value, dict) else f"[{name}]"
+                    _check_keys(typing.cast(type, element), item, f"{prefix}{key}{place}.")
 
 
 def _user_error(path: Path, error: Exception) -> PretrainError:

@@ -6,48 +6,45 @@ B rows, S positions, D width, H query heads, G key/value heads, K head width, F 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triweave.kernels.attention import attention
+from triweave.kernels.mmca import mmca
 from triweave.kernels.qk_norm_rope import qk_norm_rope
-from triweave.kernels.rms_norm import rms_norm
-from triweave.kernels.swiglu import swiglu
+from triweave.pretrain.fusion.cross import CrossBlock, Media
 from triweave.pretrain.kv_cache import KeyValueCache, LayerCache
+from triweave.pretrain.layers import FeedForward, RMSNorm
 from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.rotary import rotate
 
 Tiles = Mapping[str, Tensor] | None
 """What `kernels.tiles.attention_tables` made of a batch's intervals, on the CPU; None lets the kernel make it."""
 
 
-class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension."""
+class Modalities(NamedTuple):
+    """Modality of the keys, int [B, T], and of the queries, int [B, S]; 0 is text, any other number media."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x normalised; same shape and dtype."""
-        normalised: Tensor = rms_norm(x, self.weight, eps=self.eps)
-        return normalised
+    keys: Tensor
+    queries: Tensor
 
 
 class Attention(nn.Module):
-    """Self-attention of every query over the keys [kv_lo, kv_hi) of its row."""
+    """Self-attention of every query over the keys [kv_lo, kv_hi) of its row; text and media apart for mmca."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         H, G, K = config.heads, config.kv_heads, config.head_width
         # One product for the three projections: fewer, larger matrices, which small widths on CPU reward.
-        self.qkv = nn.Linear(config.d_model, (H + 2 * G) * K, bias=False)
+        self.qkv = nn.Linear(config.d_model, (H + 2 * G) * K, bias=config.qkv_bias)
         self.out = nn.Linear(H * K, config.d_model, bias=False)
-        self.q_norm = nn.Parameter(torch.ones(K))
-        self.k_norm = nn.Parameter(torch.ones(K))
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(K))
+            self.k_norm = nn.Parameter(torch.ones(K))
 
     def forward(
         self,
@@ -57,44 +54,39 @@ class Attention(nn.Module):
         kv_hi: Tensor,
         tiles: Tiles = None,
         cache: LayerCache | None = None,
+        modalities: Modalities | None = None,
     ) -> Tensor:
         """Map x [B, S, D] to [B, S, D]; positions [B, S, 3], kv_lo and kv_hi [B, S]. A query without keys gets 0.
 
         cache: the keys of earlier calls, which the intervals then count from; x's own are added to it.
+        modalities: what mmca goes by; None for attention in one softmax.
         """
         config = self.config
         H, G, K = config.heads, config.kv_heads, config.head_width
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, K)).split((H, G, G), dim=2)
-        q, k = qk_norm_rope(
-            q,
-            k,
-            positions,
-            q_weight=self.q_norm,
-            k_weight=self.k_norm,
-            sections=config.sections,
-            interleaved=False,
-            theta=config.rope_theta,
-            eps=config.norm_eps,
-        )
+        if config.qk_norm:
+            q, k = qk_norm_rope(
+                q,
+                k,
+                positions,
+                q_weight=self.q_norm,
+                k_weight=self.k_norm,
+                sections=config.sections,
+                interleaved=False,
+                theta=config.rope_theta,
+                eps=config.norm_eps,
+            )
+        else:
+            q, k = rotate(
+                q, k, positions, sections=config.sections, theta=config.rope_theta, scaling=config.rope_scaling
+            )
         if cache is not None:
             k, v = cache.extend(k, v)
-        mixed, _ = attention(q, k, v, kv_lo, kv_hi, tiles=tiles, impl=config.attention)
+        if modalities is None:
+            mixed, _ = attention(q, k, v, kv_lo, kv_hi, tiles=tiles, impl=config.attention)
+        else:
+            mixed = mmca(q, k, v, kv_lo, kv_hi, *modalities, tiles=tiles, impl=config.attention)
         projected: Tensor = self.out(mixed.flatten(2))
-        return projected
-
-
-class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, S, D] to [B, S, D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        projected: Tensor = self.down(swiglu(gate, up))
         return projected
 
 
@@ -116,24 +108,29 @@ class Block(nn.Module):
         kv_hi: Tensor,
         tiles: Tiles = None,
         cache: LayerCache | None = None,
+        modalities: Modalities | None = None,
     ) -> Tensor:
         """Map x [B, S, D] to [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), positions, kv_lo, kv_hi, tiles, cache)
+        x = x + self.attention(self.attention_norm(x), positions, kv_lo, kv_hi, tiles, cache, modalities)
         added: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return added
 
 
 class Decoder(nn.Module):
-    """Input norm, blocks, final norm.
+    """Input norm (`model.input_norm`), blocks, final norm.
 
     The input norm brings token and media embeddings, whatever their scale, to the same size.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.recompute = config.activation_checkpointing
-        self.input_norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.input_norm:
+            self.input_norm = RMSNorm(config.d_model, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        if config.fusion.kind == "cross":
+            self.cross_blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.cross_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
@@ -144,21 +141,36 @@ class Decoder(nn.Module):
         kv_hi: Tensor,
         tiles: Tiles = None,
         cache: KeyValueCache | None = None,
+        media: Media | None = None,
+        modalities: Modalities | None = None,
     ) -> Tensor:
         """Map embeddings [B, S, D] to normalised hidden states [B, S, D].
 
         cache: for decoding; x are the S tokens that follow what it holds, padded on the right with empty intervals, and
         kv_lo, kv_hi count the slots of its rows. It holds them afterwards.
+        media: what cross-attention looks at. modalities: what mmca goes by.
         """
         if cache is not None:
             cache.reserve(kv_lo, kv_hi)
-        x = self.input_norm(x)
+        if self.config.input_norm:
+            x = self.input_norm(x)
+        run = _recomputed if self.recompute and cache is None and torch.is_grad_enabled() else _plainly
+        every = self.config.fusion.cross_every
         for number, block in enumerate(self.blocks):
-            if cache is not None:
-                x = block(x, positions, kv_lo, kv_hi, tiles, cache.layers[number])
-            elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, positions, kv_lo, kv_hi, tiles, use_reentrant=False)
-            else:
-                x = block(x, positions, kv_lo, kv_hi, tiles)
+            if media is not None and (number + 1) % every == 0:
+                place = number // every
+                x = run(self.cross_blocks[place], x, media, cache.media[place] if cache is not None else None)
+            layer = cache.layers[number] if cache is not None else None
+            x = run(block, x, positions, kv_lo, kv_hi, tiles, layer, modalities)
         normalised: Tensor = self.final_norm(x)
         return normalised
+
+
+def _plainly(module: nn.Module, *arguments: Any) -> Tensor:
+    result: Tensor = module(*arguments)
+    return result
+
+
+def _recomputed(module: nn.Module, *arguments: Any) -> Tensor:
+    result: Tensor = checkpoint(module, *arguments, use_reentrant=False)
+    return result

@@ -141,7 +141,7 @@ def _generate_batch(
     finished = ["length"] * len(prompts)
     with torch.inference_mode():
         continuation = Continuation(run.model, packed, cache=cache)
-        prompt_tokens = continuation.lengths.tolist()
+        prompt_tokens = (packed.kv_hi > packed.kv_lo).sum(1).tolist()
         forbidden = _forbidden(run.tokenizer, continuation.logits)
         rows = list(range(len(prompts)))
         for count in range(1, max_tokens + 1):

@@ -49,14 +49,37 @@ class LayerCache:
         self._keys, self._values = self._keys[rows], self._values[rows]
 
 
-class KeyValueCache:
-    """What a decoder of `layers` blocks has seen of B rows.
+class MediaCache:
+    """One cross-attention's keys and values of a prompt's media, [B, M, G, K] each; they never grow."""
 
-    layers: one LayerCache each. lengths: int64 [B] on the CPU, positions stored of each row.
+    def __init__(self) -> None:
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, k: Tensor, v: Tensor) -> None:
+        """Store k and v."""
+        self._held = (k, v)
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Return what was stored."""
+        assert self._held is not None, "the prompt is read first"
+        return self._held
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, int64 [B']."""
+        k, v = self.held()
+        self._held = (k[rows], v[rows])
+
+
+class KeyValueCache:
+    """What a decoder of `layers` blocks and `cross_layers` cross-attentions has seen of B rows.
+
+    layers: one LayerCache each. media: one MediaCache each. lengths: int64 [B] on the CPU, positions stored of
+    each row.
     """
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, layers: int, rows: int, cross_layers: int = 0) -> None:
         self.layers = [LayerCache() for _ in range(layers)]
+        self.media = [MediaCache() for _ in range(cross_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64)
 
     def reserve(self, kv_lo: Tensor, kv_hi: Tensor) -> None:
@@ -76,6 +99,8 @@ class KeyValueCache:
         self.lengths = self.lengths[rows]
         for layer in self.layers:
             layer.keep(rows)
+        for media in self.media:
+            media.keep(rows)
 
 
 def _grown(old: Tensor, new: Tensor, capacity: int) -> Tensor:

@@ -10,29 +10,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.errors import TokenizerError
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.state import StreamState
 from triweave.data_pipeline.text.tokenizer import Tokenizer
-from triweave.pretrain.checkpoint import (
-    CONFIG,
-    FOLDER,
-    Checkpoint,
-    list_checkpoints,
-    newest_whole_checkpoint,
-    read_checkpoint,
-)
+from triweave.pretrain.batch import DeviceBatch, kernel_tables, to_device
+from triweave.pretrain.checkpoint import Checkpoint, find_whole_checkpoint
+from triweave.pretrain.checkpoints.reader import Wanted
+from triweave.pretrain.checkpoints.stores import MANIFEST
 from triweave.pretrain.config import RunConfig, load_config
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.fragment_files import FragmentReader
 from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +51,11 @@ class LoadedRun:
         """Where the model's weights are."""
         return self.model.token_embedding.weight.device
 
+    def to_device(self, batch: PackedBatch) -> DeviceBatch:
+        """Return a batch as the model reads it: in its layout, with its kernels' tables, where its weights are."""
+        tables = kernel_tables(self.config.model, self.device, self.model.token_embedding.weight.dtype)
+        return to_device(replace(batch, extra=tables(batch)), self.device)
+
     def locate(self, path: str | Path) -> Path:
         """Return where a path of the config (shards, tokenizer) is now; unchanged where it is nowhere."""
         return locate(path, self.config, self.run_dir)
@@ -76,8 +76,8 @@ def load_run(
     """
     root = Path(run_dir)
     target = _device(device)
-    checkpoint = _find(root, step, tell)
-    config = load_config(checkpoint.folder / CONFIG)
+    checkpoint = find_whole_checkpoint(run_dir, step, tell=tell)
+    config = load_config(checkpoint.folder / MANIFEST, text=checkpoint.config_yaml)
     tokenizer = _tokenizer(config, root, checkpoint)
     model = _build(config, checkpoint, tokenizer)
     _read_weights(model, checkpoint)
@@ -110,31 +110,9 @@ def _device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _find(run_dir: Path, step: int | None, tell: Callable[[str], None]) -> Checkpoint:
-    if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir}: no such run; pass the run_dir of a training, such as runs/demo/train")
-    folders = {int(folder.name.removeprefix("step-")): folder for folder in list_checkpoints(run_dir)}
-    if not folders:
-        inner = [path.parent for path in sorted(run_dir.glob(f"*/{FOLDER}"))]
-        advice = f"did you mean {inner[0]}?" if inner else "train it until checkpoint.every_steps, or pass another run"
-        raise CheckpointError(f"{run_dir} has no checkpoint; {advice}")
-    if step is None:
-        alone = World(rank=0, size=1, device=torch.device("cpu"), control=None)
-        newest = newest_whole_checkpoint(run_dir, alone, tell=tell)
-        if newest is None:
-            raise CheckpointError(f"{run_dir}: its checkpoints went away while they were read; try again")
-        return newest
-    if step not in folders:
-        there = ", ".join(map(str, folders))
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {there}")
-    checkpoint = read_checkpoint(folders[step])
-    checkpoint.verify()
-    return checkpoint
-
-
 def _tokenizer(config: RunConfig, run_dir: Path, checkpoint: Checkpoint) -> Tokenizer:
     path = locate(config.data.tokenizer, config, run_dir)
-    if not path.is_file():
+    if not path.exists():
         raise TokenizerError(
             f"tokenizer {path} of the run {run_dir} is not there; run this in the folder that the run was started in, "
             "or put the file back"
@@ -182,14 +160,13 @@ def _read_weights(model: MultimodalTransformer, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: parameter {missing[0]} is only in {where} ({len(missing)} differ); it was written "
             "by another version of the model"
         )
-    files = checkpoint.manifest["files"].items()
-    reader = FragmentReader(
-        checkpoint.folder, {name: entry["fragments"] for name, entry in files if "fragments" in entry}
-    )
     for name, parameter in parameters.items():
         if tuple(stored[name]["shape"]) != tuple(parameter.shape):
             raise CheckpointError(
                 f"{checkpoint.folder}: parameter {name} is {stored[name]['shape']} there and {list(parameter.shape)} "
                 "in the model of its config and tokenizer; put the tokenizer of the run back"
             )
-        reader.read_into(parameter.data.view(-1), "weight", name, 0)
+    checkpoint.reader.read(
+        Wanted(target=parameter.data.view(-1), kind="weight", name=name, offset=0)
+        for name, parameter in parameters.items()
+    )

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from triweave.data_pipeline.batch import PackedBatch
@@ -19,27 +18,31 @@ MODALITY_SLOTS = 8
 class LossSums(NamedTuple):
     """Sums over the supervised positions of one micro-batch on one rank; a named tuple so that ZeRO-3 can look inside.
 
-    total: scalar with gradient, sum over heads of objective weight x head sum.
+    total: scalar with gradient, the heads' sums joined by `objectives.joint_loss` with the factors asked for.
     per_modality: [MODALITY_SLOTS] detached, weighted cross-entropy by what the target follows (row_modality), nats.
     lse: [N] detached, log-partition of each supervised position.
-    heads: head name -> detached scalar sum before the objective weight; 0 for the contrastive head, whose loss is one
-        of the whole step (`contrastive_window`).
+    heads: head name -> detached scalar sum before its factor; 0 for the contrastive head, whose loss is one of the
+        whole step (`contrastive_window`).
+    hits: head name -> detached scalar, weight of the rows whose prediction is right, of heads that predict one of few.
     embeddings: [C, E] of the micro-batch's segments, calibration: [2] scale and bias, both fp32 with gradient; None
         without the contrastive head.
+    log_variances: [T] of the objectives, fp32 with gradient, where the joint loss learns them.
     """
 
     total: Tensor
     per_modality: Tensor
     lse: Tensor
     heads: dict[str, Tensor]
+    hits: dict[str, Tensor]
     embeddings: Tensor | None = None
     calibration: Tensor | None = None
+    log_variances: Tensor | None = None
 
 
 class HeadSums(NamedTuple):
     """What one head returns: `total` scalar with gradient; per_modality and lse as in LossSums, or empty [0].
 
-    embeddings, calibration: as in LossSums.
+    embeddings, calibration: as in LossSums. hits: detached scalar, None where a prediction is not right or wrong.
     """
 
     total: Tensor
@@ -47,20 +50,29 @@ class HeadSums(NamedTuple):
     lse: Tensor
     embeddings: Tensor | None = None
     calibration: Tensor | None = None
+    hits: Tensor | None = None
+
+    @classmethod
+    def of(cls, total: Tensor, hits: Tensor | None = None) -> HeadSums:
+        """Return the sums of a head that has no figures by modality."""
+        nothing = total.detach().new_empty(0)
+        return cls(total=total, per_modality=nothing, lse=nothing, hits=hits)
 
 
-def combine(sums: Mapping[str, HeadSums], objectives: Mapping[str, float]) -> LossSums:
-    """Add the heads' sums with their objective weights; per-modality figures come from the first head that has them."""
-    total = torch.stack([sums[name].total * objectives[name] for name in sums]).sum()
-    reported = next((head for head in sums.values() if head.per_modality.numel()), next(iter(sums.values())))
-    pooled = next((head for head in sums.values() if head.embeddings is not None), reported)
+def combine(sums: Mapping[str, HeadSums], total: Tensor, log_variances: Tensor | None) -> LossSums:
+    """Return the heads' sums with what they are joined to; per-modality figures come from the first head with some."""
+    heads = list(sums.values())
+    reported = next((head for head in heads if head.per_modality.numel()), None)
+    pooled = next((head for head in heads if head.embeddings is not None), heads[0])
     return LossSums(
         total=total,
-        per_modality=reported.per_modality.detach(),
-        lse=reported.lse.detach(),
+        per_modality=total.detach().new_zeros(MODALITY_SLOTS) if reported is None else reported.per_modality.detach(),
+        lse=total.detach().new_empty(0) if reported is None else reported.lse.detach(),
         heads={name: head.total.detach() for name, head in sums.items()},
+        hits={name: head.hits for name, head in sums.items() if head.hits is not None},
         embeddings=pooled.embeddings,
         calibration=pooled.calibration,
+        log_variances=log_variances,
     )
 
 

@@ -6,8 +6,9 @@ update. Everything that is not under `towers.` is the trunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ from triweave.pretrain.errors import PretrainError
 TRUNK = "trunk"
 """Name of the part of the model that every step trains."""
 TOWER_PREFIX = "towers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """How the parameters whose names begin with one prefix are trained; null takes the optimizer's own value."""
+
+    frozen: bool = False
+    """Leave them as they are: no gradient, no moments, no update."""
+    lr: float | None = None
+    """Peak learning rate."""
+    weight_decay: float | None = None
+    """Decoupled decay of matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,9 @@ class OptimizerConfig:
     """Decoupled decay of matrices; norms, biases and other 1-D parameters are never decayed."""
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 never clips."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Beginning of parameter names, such as towers.image, towers.image.encoder, decoder.blocks.0 or trunk (all that is
+    in no tower) -> how these are trained; of several that fit the longest counts."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -45,18 +61,39 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise PretrainError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 or above")
+        for prefix, group in self.groups.items():
+            if group.lr is not None and not group.lr > 0:
+                raise PretrainError(f"optimizer.groups.{prefix}.lr is {group.lr}; use one above 0, or frozen=true")
+            if group.weight_decay is not None and not group.weight_decay >= 0:
+                raise PretrainError(
+                    f"optimizer.groups.{prefix}.weight_decay is {group.weight_decay}; it must be 0 or above"
+                )
+
+    def group_of(self, parameter_name: str) -> str:
+        """Return the key of `groups` that a parameter falls under, "" where none does."""
+        fitting = [
+            prefix
+            for prefix in self.groups
+            if parameter_name == prefix
+            or parameter_name.startswith(f"{prefix}.")
+            or (prefix == TRUNK and tower_of(parameter_name) == TRUNK)
+        ]
+        # "trunk" says less than the name of a part of it
+        return max(fitting, key=lambda prefix: (prefix != TRUNK, len(prefix)), default="")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupKey:
-    """What a parameter group holds: one tower (or the trunk), decayed or not."""
+    """What a parameter group holds: one tower (or the trunk), one entry of `optimizer.groups`, decayed or not."""
 
     tower: str
+    entry: str
     decay: bool
 
     @property
     def name(self) -> str:
-        return f"{self.tower}.{'decay' if self.decay else 'no_decay'}"
+        part = f"{self.tower}[{self.entry}]" if self.entry else self.tower
+        return f"{part}.{'decay' if self.decay else 'no_decay'}"
 
 
 def tower_of(parameter_name: str) -> str:
@@ -67,21 +104,27 @@ def tower_of(parameter_name: str) -> str:
 
 
 def group_parameters(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return optimizer groups, one per (tower, decay) that has trainable parameters, trunk first, then by name.
+    """Return optimizer groups, one per (tower, entry, decay) that has trainable parameters, trunk first, then by name.
 
-    Each group carries `name`, `tower` and `parameter_names` besides torch's keys. The order depends on names only, so
-    it is the same on all ranks and at all ZeRO stages.
+    Each group carries `name`, `tower`, `peak_lr` and `parameter_names` besides torch's keys. The order depends on names
+    only, so it is the same on all ranks and at all ZeRO stages.
     """
     groups: dict[GroupKey, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            groups.setdefault(GroupKey(tower=tower_of(name), decay=len(shape) > 1), []).append((name, parameter))
-    ordered = sorted(groups, key=lambda key: (key.tower != TRUNK, key.tower, not key.decay))
+            key = GroupKey(tower=tower_of(name), entry=config.group_of(name), decay=len(shape) > 1)
+            groups.setdefault(key, []).append((name, parameter))
+    ordered = sorted(groups, key=lambda key: (key.tower != TRUNK, key.tower, key.entry, not key.decay))
+    own = {key: config.groups.get(key.entry, GroupConfig()) for key in ordered}
+    decays = {key: group.weight_decay for key, group in own.items()}
+    rates = {key: config.lr if group.lr is None else group.lr for key, group in own.items()}
     return [
         {
             "params": [parameter for _, parameter in groups[key]],
-            "weight_decay": config.weight_decay if key.decay else 0.0,
+            "lr": rates[key],
+            "peak_lr": rates[key],
+            "weight_decay": (config.weight_decay if decays[key] is None else decays[key]) if key.decay else 0.0,
             "name": key.name,
             "tower": key.tower,
             "parameter_names": [name for name, _ in groups[key]],
@@ -90,17 +133,45 @@ def group_parameters(parameters: Iterable[tuple[str, nn.Parameter]], config: Opt
     ]
 
 
+def freeze(model: nn.Module, config: OptimizerConfig) -> None:
+    """Take the gradient from the parameters that `optimizer.groups` freezes.
+
+    Raises PretrainError for an entry that fits no parameter, and where nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    used = {config.group_of(name) for name in names}
+    for prefix in config.groups:
+        if prefix not in used:
+            parts = sorted({*(".".join(name.split(".")[: 1 + prefix.count(".")]) for name in names), TRUNK})
+            near = difflib.get_close_matches(prefix, parts, n=1, cutoff=0.0)
+            raise PretrainError(
+                f"optimizer.groups.{prefix}: no parameter is left to it; did you mean {near[0]}? Names begin as in "
+                f"{names[0]}"
+            )
+    for name, parameter in model.named_parameters():
+        group = config.groups.get(config.group_of(name))
+        if group is not None and group.frozen:
+            parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PretrainError("optimizer.groups freezes every parameter; leave something to train")
+
+
 class TowerAdamW(torch.optim.AdamW):
     """AdamW that leaves out the groups of the towers in `absent`: their weights, moments and step counts stay as is.
+
+    `allowed` is asked before every update, once for each group; while it returns False nothing changes at all.
 
     DeepSpeed steps all groups at once (ZeRO 0, bf16 at 1), group by group (1, 2) or sub-group by sub-group (3), always
     through `step` of this client optimizer, so this one place serves every stage. Nothing is compiled at first use.
     """
 
     absent: frozenset[str] = frozenset()
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def step(self, closure: Any = None) -> Any:
-        """Update the groups of all present towers."""
+        """Update the groups of all present towers, if it is allowed."""
+        if not self.allowed():
+            return None
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["tower"] not in self.absent]
         try:

@@ -6,6 +6,13 @@ the wrong tensors with each other, silently when the sizes agree. So each window
     guards     a tower that some other rank calls in that micro-batch: it runs on one zero token, with zero gradients,
     skips      a tower that nobody calls in the whole window: its weights, moments and step counts stay as they are,
 and checks that what the forward really did is what was announced, before any gradient is reduced.
+
+`train.absent_modality` chooses, with the plain torch process that each equals:
+    skip   as above; parameters of a tower nobody calls have grad None
+    guard  also a tower nobody calls runs, in every micro-batch of every rank; its parameters have grad 0, so weight
+           decay and old momentum move it. Every step has the same collectives.
+    align  as skip, but a modality that some ranks hold in a micro-batch and others lack there is an error before the
+           forward pass: nothing is ever guarded.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +32,7 @@ from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.contrastive import live_segments
 from triweave.pretrain.errors import ParticipationError
 from triweave.pretrain.losses import MODALITY_SLOTS, weight_by_modality
+from triweave.pretrain.train_config import AbsentModality
 from triweave.pretrain.world import World
 
 NAMED_SAMPLES = 8
@@ -65,6 +73,9 @@ class Window:
     segments: int64 [ranks, micro-batches] one-span segments that take part in a contrastive loss.
     tokens: positions of the step that are no padding, over all ranks.
     data_wait_s: longest wait for data of any rank.
+    flops: of the step's training, all ranks' together (`flops.Flops.training`); 0 where nobody counted.
+    absent_modality: what becomes of towers that are not called, see the module.
+    task_weights: float64 [T] sum of the weights of each objective's rows (`objectives.rows`), over all ranks.
     """
 
     towers: tuple[str, ...]
@@ -73,6 +84,9 @@ class Window:
     segments: npt.NDArray[np.int64]
     tokens: int
     data_wait_s: float
+    flops: float = 0.0
+    absent_modality: AbsentModality = "skip"
+    task_weights: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @property
     def supervised(self) -> float:
@@ -81,25 +95,41 @@ class Window:
 
     @property
     def absent(self) -> frozenset[str]:
-        """Towers nobody calls in any micro-batch."""
+        """Towers nobody calls with a payload in any micro-batch."""
         return frozenset(name for index, name in enumerate(self.towers) if not self.calls[:, :, index].any())
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Towers that the optimizer leaves as they are."""
+        return frozenset() if self.absent_modality == "guard" else self.absent
 
     def held(self, rank: int, micro_batch: int) -> frozenset[str]:
         """Towers a rank calls with real payloads in one micro-batch."""
         return frozenset(name for index, name in enumerate(self.towers) if self.calls[rank, micro_batch, index])
 
     def guards(self, rank: int, micro_batch: int) -> frozenset[str]:
-        """Towers a rank must run without payload, since another rank holds one in that micro-batch."""
+        """Towers a rank must run without payload: those another rank holds in that micro-batch, or all by `guard`."""
+        if self.absent_modality == "guard":
+            return frozenset(self.towers) - self.held(rank, micro_batch)
         anyone = [self.held(other, micro_batch) for other in range(len(self.calls))]
         return frozenset().union(*anyone) - self.held(rank, micro_batch)
 
 
 def announce(
-    world: World, towers: Sequence[str], micro_batches: Sequence[PackedBatch], *, data_wait_s: float = 0.0
+    world: World,
+    towers: Sequence[str],
+    micro_batches: Sequence[PackedBatch],
+    *,
+    step: int,
+    absent_modality: AbsentModality = "skip",
+    data_wait_s: float = 0.0,
+    task_weights: Sequence[float] = (),
+    flops: float = 0.0,
 ) -> Window:
     """Exchange the coming window's tower calls, weights and segments; collective, once per optimizer step.
 
-    Raises ParticipationError on all ranks when a rank holds a modality the model has no tower for.
+    Raises ParticipationError on all ranks when a rank holds a modality the model has no tower for, or, with
+    absent_modality=align, lacks one that another rank holds in the same micro-batch.
     """
     calls = np.zeros((len(micro_batches), len(towers)))
     unknown = sorted({name for batch in micro_batches for name in batch.payloads} - set(towers))
@@ -108,25 +138,53 @@ def announce(
     weights = np.sum([weight_by_modality(batch) for batch in micro_batches], axis=0)
     tokens = sum(int((batch.modality_ids >= 0).sum()) for batch in micro_batches)
     segments = [np.count_nonzero(live_segments(batch)) for batch in micro_batches]
-    rows = world.gather(np.concatenate([[len(unknown), data_wait_s, tokens], weights, segments, calls.ravel()]))
+    own = [[len(unknown), data_wait_s, tokens, flops], weights, segments, task_weights, calls.ravel()]
+    rows = world.gather(np.concatenate(own))
     if rows[:, 0].any():
-        world.agree(
-            ParticipationError(
-                f"rank {world.rank} holds {', '.join(unknown)}, the model has towers for {', '.join(towers) or 'none'};"
-                " train a model with that modality, or leave it out of the data"
-            )
-            if unknown
-            else None
-        )
-    head = 3 + MODALITY_SLOTS + len(micro_batches)
-    return Window(
+        world.agree(_without_tower(world, towers, micro_batches, unknown, step) if unknown else None)
+    tasks = 4 + MODALITY_SLOTS + len(micro_batches)
+    head = tasks + len(task_weights)
+    window = Window(
         towers=tuple(towers),
         calls=rows[:, head:].reshape(world.size, len(micro_batches), len(towers)).astype(bool),
-        weights=rows[:, 3 : 3 + MODALITY_SLOTS].sum(axis=0),
-        segments=rows[:, 3 + MODALITY_SLOTS : head].astype(np.int64),
+        weights=rows[:, 4 : 4 + MODALITY_SLOTS].sum(axis=0),
+        segments=rows[:, 4 + MODALITY_SLOTS : tasks].astype(np.int64),
+        task_weights=rows[:, tasks:head].sum(axis=0),
         tokens=int(rows[:, 2].sum()),
         data_wait_s=float(rows[:, 1].max()),
+        flops=float(rows[:, 3].sum()),
+        absent_modality=absent_modality,
     )
+    if absent_modality == "align" and (window.calls.any(axis=0) != window.calls.all(axis=0)).any():
+        world.agree(_misaligned(world, window, micro_batches, step))
+    return window
+
+
+def _without_tower(
+    world: World, towers: Sequence[str], micro_batches: Sequence[PackedBatch], unknown: Sequence[str], step: int
+) -> ParticipationError:
+    batch = next(batch for batch in micro_batches if unknown[0] in batch.payloads)
+    return ParticipationError(
+        f"rank {world.rank} holds {', '.join(unknown)} at step {step}, samples {name_samples(batch)}, the model has "
+        f"towers for {', '.join(towers) or 'none'}; train a model with that modality, or leave it out of the data"
+    )
+
+
+def _misaligned(
+    world: World, window: Window, micro_batches: Sequence[PackedBatch], step: int
+) -> ParticipationError | None:
+    """Return what this rank lacks in the first micro-batch where it lacks something that another rank holds."""
+    for index, batch in enumerate(micro_batches):
+        for number, name in enumerate(window.towers):
+            holders = np.flatnonzero(window.calls[:, index, number]).tolist()
+            if holders and world.rank not in holders:
+                return ParticipationError(
+                    f"rank {world.rank}: module towers.{name} has nothing to do in micro-batch {index} at step {step}, "
+                    f"samples {name_samples(batch)}, while rank {holders[0]} holds {name}, and "
+                    "train.absent_modality=align asks for it on every rank; set train.absent_modality=skip, which "
+                    "guards it, or raise train.micro_batch_rows"
+                )
+    return None
 
 
 class TowerWatch:
@@ -148,16 +206,26 @@ class TowerWatch:
             for name, tower in self._towers.items()
         }
         self._entered: Counter[str] = Counter()
+        self._inside: set[str] = set()
         self._expected: frozenset[str] | None = None  # None outside of `forward_of`: evaluation is not watched
         self._where = ""
         for name, tower in self._towers.items():
             tower.register_forward_pre_hook(self._entry_hook(name))
+            tower.register_forward_hook(self._exit_hook(name), always_call=True)
+        decoder = getattr(model, "decoder", None)  # what reads the towers: they must be done when it begins
+        if isinstance(decoder, nn.Module):
+            decoder.register_forward_pre_hook(self._refuse_forgotten)
 
     @contextmanager
     def forward_of(self, expected: frozenset[str], *, step: int, batch: PackedBatch) -> Iterator[None]:
-        """Watch one micro-batch's forward; raises ParticipationError when a tower's calls differ from `expected`."""
+        """Watch one micro-batch's forward; raises ParticipationError when a tower's calls differ from `expected`.
+
+        Wrong calls are refused at the tower's entry, forgotten ones where the next tower or the decoder begins: before
+        ZeRO-3 gathers for a module that peers do not gather for.
+        """
         self._expected, self._where = expected, f"at step {step}, samples {name_samples(batch)}"
         self._entered.clear()
+        self._inside.clear()
         try:
             yield
         finally:
@@ -165,6 +233,24 @@ class TowerWatch:
         for name in self._towers:
             if self._entered[name] != int(name in expected):
                 raise self._miscount(name, expected)
+
+    def refuse_lone_gathers(self) -> None:
+        """Under ZeRO-3, refuse the gather by which DeepSpeed serves a tower's parameter used outside of its tower.
+
+        A rank that does so gathers alone. What modules gather for themselves goes through `all_gather_coalesced`.
+        """
+        for name, tower in self._towers.items():
+            for key, parameter in tower.named_parameters():
+                if hasattr(parameter, "all_gather"):
+                    parameter.all_gather = self._watched_gather(name, key, parameter.all_gather)
+
+    def _watched_gather(self, name: str, key: str, gather: Any) -> Any:
+        def refuse_outside(*arguments: Any, **options: Any) -> Any:
+            if self._expected is not None and name not in self._inside:
+                raise self._violation(f"{name}.{key}", "is used outside of its tower, so this rank gathers alone")
+            return gather(*arguments, **options)
+
+        return refuse_outside
 
     def check_gradients(self, outputs: Sequence[torch.Tensor], expected: frozenset[str]) -> None:
         """Raise ParticipationError unless the outputs give gradients to exactly the expected towers' parameters.
@@ -185,8 +271,29 @@ class TowerWatch:
                 return
             if self._entered[name] > int(name in self._expected):
                 raise self._miscount(name, self._expected)
+            self._check_done(before=name)
+            self._inside.add(name)
 
         return refuse_unannounced
+
+    def _exit_hook(self, name: str) -> Any:
+        def leave(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001 - torch's hook signature
+            self._inside.discard(name)
+
+        return leave
+
+    def _refuse_forgotten(self, module: nn.Module, arguments: Any) -> None:  # noqa: ARG002 - torch's hook signature
+        if self._expected is not None:
+            self._check_done(before=None)
+
+    def _check_done(self, *, before: str | None) -> None:
+        """Raise unless every announced tower ahead of one in the model's order, or every one, has been entered."""
+        assert self._expected is not None
+        for name in self._towers:
+            if name == before:
+                return
+            if name in self._expected and not self._entered[name]:
+                raise self._miscount(name, self._expected)
 
     def _miscount(self, name: str, expected: frozenset[str]) -> ParticipationError:
         return self._violation(name, f"entered {self._entered[name]} times, announced {int(name in expected)}")

@@ -11,9 +11,11 @@ A terminal gets one line that is redrawn, anything else a plain line every `trai
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,9 @@ from triweave.data_pipeline.batch import TEXT_ID
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.stalls import StallMeter, StepLoad
 from triweave.kernels.backends import choices
+from triweave.kernels.roofline.chips import chip_of_device, peaks
+from triweave.pretrain.checkpoints.saver import SaveTimes
+from triweave.pretrain.objectives.window import LANGUAGE_MODEL
 from triweave.pretrain.zero import StepResult
 
 METRICS = "metrics.jsonl"
@@ -33,10 +38,13 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
 
     loss: objective per supervised token. loss_by_modality: cross-entropy per supervised token that follows text only,
     a picture, a sound ...; a modality without such tokens in the step is left out. step_s: the whole step with the
-    longest wait for data of any rank. tokens: every position that is no padding, over all ranks. memory_bytes: peak of
+    longest wait for data of any rank. flops: of the step's matrix products, media included, exactly those that training
+    needs (`flops.Flops`), over all ranks; mfu: their share of what the devices' makers promise, on CUDA devices that
+    `kernels.roofline.chips` knows. tokens: every position that is no padding, over all ranks. memory_bytes: peak of
     rank 0. With the contrastive objective also contrastive_pairs (positives of the step), objective (loss and weighted
     contrastive loss together) and, where there are pairs, contrastive_loss per positive pair and contrastive_accuracy,
-    the share of queries whose nearest candidate in their group is their own partner.
+    the share of queries whose nearest candidate in their group is their own partner. Of a model with several objectives
+    also objective and tasks: those that the step has trained and that had rows, with the fields of `TaskFigures`.
     """
     window = result.window
     seconds = result.step_s + window.data_wait_s
@@ -46,24 +54,40 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
         "loss_by_modality": {
             name: result.cross_entropy[index] / float(window.weights[index])
             for name, index in modality_slots().items()
-            if window.weights[index]
+            if window.weights[index] and LANGUAGE_MODEL in result.tasks
         },
         "supervised_by_modality": {
             name: float(window.weights[index]) for name, index in modality_slots().items() if window.weights[index]
         },
         **_contrastive(result),
+        **_tasks(result),
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "tokens": window.tokens,
         "supervised_tokens": window.supervised,
         "tokens_per_s": window.tokens / seconds,
+        "flops": window.flops,
+        "flops_per_s": window.flops / seconds,
+        **_utilisation(result, seconds),
         "step_s": seconds,
         "data_wait_s": window.data_wait_s,
         "data_wait_fraction": window.data_wait_s / seconds,
         "absent_towers": sorted(window.absent),
         "memory_bytes": peak_memory_bytes(),
         "time_s": time.time(),
+        **({"skipped": result.verdict.reason} if result.verdict.reason else {}),
     }
+
+
+def _utilisation(result: StepResult, seconds: float) -> dict[str, float]:
+    """Return the share of the devices' published matrix rate that the step's FLOPs are, where one is published."""
+    if not torch.cuda.is_initialized():
+        return {}
+    chip = chip_of_device(torch.cuda.get_device_name())
+    if chip is None:
+        return {}
+    peak = peaks(chip).matrix_flops if result.precision == "bf16" else peaks(chip).fp32_flops
+    return {"mfu": result.window.flops / seconds / (len(result.window.calls) * peak)}
 
 
 def _contrastive(result: StepResult) -> dict[str, float]:
@@ -74,6 +98,28 @@ def _contrastive(result: StepResult) -> dict[str, float]:
     if not figures.pairs:
         return known
     return {**known, "contrastive_loss": figures.loss, "contrastive_accuracy": figures.accuracy}
+
+
+def _tasks(result: StepResult) -> dict[str, Any]:
+    if not result.several_tasks:
+        return {}
+    figures = {
+        name: {key: value for key, value in vars(figure).items() if value is not None}
+        for name, figure in result.tasks.items()
+    }
+    return {"objective": result.objective, "tasks": figures}
+
+
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures as JSON has them: null for NaN and infinity, which a bad step has."""
+    return {
+        name: finite(value) if isinstance(value, dict) else None if _is_broken(value) else value
+        for name, value in metrics.items()
+    }
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def modality_slots() -> dict[str, int]:
@@ -119,8 +165,11 @@ class Telemetry:
         self._total_steps = total_steps
         self._told_choices = 0
 
-    def step(self, result: StepResult, load: StepLoad) -> None:
-        """Record a finished step; say which kernels `auto` chose since the one before, and what rank 0 waits for."""
+    def step(self, result: StepResult, load: StepLoad, save: SaveTimes | None = None) -> None:
+        """Record a finished step; say which kernels `auto` chose since the one before, and what rank 0 waits for.
+
+        save: the checkpoint that was done since the step before, where there was one; `checkpoint` of the step's line.
+        """
         if not self._active:
             return
         for choice in choices()[self._told_choices :]:
@@ -130,7 +179,9 @@ class Telemetry:
         if news := self._stalls.news():
             self.tell(news)
         metrics = step_metrics(result) | {"loader": self._stalls.figures()}
-        self._file.write(json.dumps(metrics) + "\n")
+        if save is not None:
+            metrics["checkpoint"] = asdict(save)
+        self._file.write(json.dumps(finite(metrics)) + "\n")
         self._file.flush()
         for name, value in _flat(metrics):
             self._board.add_scalar(name, value, result.step)
@@ -188,7 +239,7 @@ def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found += [(f"{name}/{inner}", float(number)) for inner, number in value.items()]
+            found += [(f"{name}/{inner}", number) for inner, number in _flat(value)]
         elif isinstance(value, int | float) and name not in ("step", "time_s"):
             found.append((name, float(value)))
     return found

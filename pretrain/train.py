@@ -3,8 +3,8 @@
     deepspeed --num_accelerators 2 pretrain/train.py CONFIG [--resume] [key=value ...]
     triweave train CONFIG [--resume] [key=value ...]
 
-Without a launcher this is a world of one. SIGTERM ends the run with a checkpoint after the step it is in. The
-environment variable TRIWEAVE_KILL_AT_STEP=N is a test hook: every rank kills itself after logging step N.
+Without a launcher this is a world of one. SIGTERM or SIGUSR1 ends the run with a checkpoint after the step it is in,
+and with exit code 75: start it again with --resume.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -26,81 +25,105 @@ from triweave.data_pipeline.stream.stalls import StallMeter
 from triweave.data_pipeline.stream.state import StreamState
 from triweave.kernels.errors import KernelError
 from triweave.pretrain.batch import kernel_tables
-from triweave.pretrain.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    newest_whole_checkpoint,
-    save_checkpoint,
-)
-from triweave.pretrain.config import RunConfig, load_config, save_resolved, to_yaml
-from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attempt
+from triweave.pretrain.checkpoint import Checkpoint, CheckpointSaver
+from triweave.pretrain.config import RunConfig, load_config, to_yaml
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.health.heartbeat import Heartbeat, mark_phase
+from triweave.pretrain.health.recovery import ends_noted, note_stop, recover
+from triweave.pretrain.health.signals import REQUEUE, catch_stop_signals, fail_if_asked, poison_if_asked
+from triweave.pretrain.objectives.rows import objective_stages
+from triweave.pretrain.start import build_model, check_run, find_checkpoint, open_heartbeat, open_ledger
 from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.world import AGREED, ALONE, World, close_world, leave, open_world, world_is_open
+from triweave.pretrain.world import (
+    AGREED,
+    ALONE,
+    NOT_DETERMINISTIC,
+    World,
+    close_world,
+    leave,
+    open_world,
+    world_is_open,
+)
 from triweave.pretrain.zero import Engine
 
 USER_ERRORS = (PretrainError, DataError, KernelError)
-KILL_AT_STEP = "TRIWEAVE_KILL_AT_STEP"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a config; return 0, or 2 after one line about what the user asked for that cannot be."""
+    """Train a config; return 0, 75 where it was stopped, or 2 after one line about what cannot be."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
+        finished = train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
     except USER_ERRORS as error:
         notes = getattr(error, "__notes__", ())
         shared = AGREED in notes or not (world_is_open() or ALONE in notes)
         if os.environ.get("RANK", "0") == "0" or not shared:
             print(f"triweave train: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if NOT_DETERMINISTIC not in str(error):
+            raise
+        operation = str(error).partition(",")[0]
+        print(f"triweave train: {operation}; set train.deterministic=false", file=sys.stderr, flush=True)
+        return 2
     finally:
         close_world()
-    return 0
+    return 0 if finished else REQUEUE
 
 
-def train(config: RunConfig, *, resume: bool = False) -> None:
-    """Run until `train.steps` optimizer steps are done, from the newest whole checkpoint where `resume` is set."""
-    world = open_world(config.train.device, config.train.torch_threads)
-    stop = _catch_sigterm()
-    world.together(lambda: _check_run(config, world, resume=resume))
-    checkpoint = _find_checkpoint(config, world) if resume else None
+def train(config: RunConfig, *, resume: bool = False) -> bool:
+    """Run until `train.steps` steps are done, from the newest whole checkpoint where `resume` is set.
+
+    Returns whether they are; not where a signal has stopped the run, of which a checkpoint is written then.
+    """
+    world = open_world(config.train.device, config.train.torch_threads, deterministic=config.train.deterministic)
+    stop = catch_stop_signals()
+    world.together(lambda: check_run(config, world, resume=resume))
+    with world.together(lambda: open_heartbeat(config, world)) as heartbeat, ends_noted(config, world, heartbeat):
+        finished = _train(config, world, heartbeat, stop, resume=resume)
+    world.agree()  # a rank that ends before the others are done would have the launcher end those
+    return finished
+
+
+def _train(
+    config: RunConfig, world: World, heartbeat: Heartbeat, stop: Sequence[signal.Signals], *, resume: bool
+) -> bool:
+    checkpoint = find_checkpoint(config, world) if resume else None
     loader = world.together(lambda: _build_loader(config, world, checkpoint))
-    engine = world.together(lambda: _build_engine(config, world, loader))
+    engine = world.together(lambda: _build_engine(config, world, loader, checkpoint))
     if checkpoint:
         checkpoint.load_into(engine)
-    with _begin_attempt(config, world, checkpoint) as ledger, _open_telemetry(config, engine) as telemetry:
-        for window, data_wait_s in _windows(loader, world, steps=config.train.steps - engine.step):
+        engine.judge.restore(checkpoint.state["health"])
+        engine.balance.restore(checkpoint.state["balance"])
+    with (
+        open_ledger(config, world, checkpoint) as ledger,
+        _open_telemetry(config, engine) as telemetry,
+        CheckpointSaver(engine, config.checkpoint, config.run_dir) as saver,
+    ):
+        for window, data_wait_s in _windows(loader, engine, heartbeat, steps=config.train.steps):
             result = engine.train_window(window.micro_batches, data_wait_s=data_wait_s)
-            ledger.write(result.step, window.micro_batches)
-            telemetry.step(result, window.load)
-            _kill_if_asked(result.step)
-            stopping = world.agree(stop=bool(stop))
-            if stopping or config.checkpoint.due(result.step, config.train.steps):
-                _save(config, engine, window.state, ledger.attempt)
-            if stopping:
-                telemetry.tell(f"stopped by SIGTERM after step {result.step}; continue with --resume")
-                break
-
-
-def _check_run(config: RunConfig, world: World, *, resume: bool) -> None:
-    config.check_world(world.size)
-    if not resume and list_checkpoints(config.run_dir):
-        raise PretrainError(f"{config.run_dir} already has checkpoints; add --resume, or choose another run_dir")
-
-
-def _find_checkpoint(config: RunConfig, world: World) -> Checkpoint | None:
-    def tell(message: str) -> None:
-        if world.rank == 0:
-            print(f"triweave train: {message}", file=sys.stderr, flush=True)
-
-    checkpoint = newest_whole_checkpoint(config.run_dir, world, tell=tell)
-    if checkpoint:
-        next_row = StreamState.from_json(checkpoint.state["stream"]).next_row
-        world.together(lambda: config.check_resume_row(next_row))
-    tell(f"resuming from {checkpoint.folder}" if checkpoint else f"no checkpoint in {config.run_dir}, starting anew")
-    return checkpoint
+            ledger.write(result.step, window.micro_batches, skipped=result.verdict.reason)
+            ledger.write_decision(result.decision)
+            telemetry.step(result, window.load, saver.news())
+            if result.verdict.action == "roll_back":
+                saver.finish()
+            put_back = recover(result, config, engine, ledger, telemetry)
+            fail_if_asked(result.step, rank=world.rank, attempt=ledger.attempt)
+            stopping = world.agree(saver.failure, stop=bool(stop))
+            if stopping or put_back or config.checkpoint.due(result.step, config.train.steps):
+                mark_phase("save")
+                state = {
+                    "stream": window.state.to_json(),
+                    "attempt": ledger.attempt,
+                    "health": engine.judge.state(),
+                    "balance": engine.balance.state(),
+                }
+                saver.save(state=state, config_yaml=to_yaml(config))
+            if stopping and result.step < config.train.steps:
+                saver.finish()
+                note_stop(config, engine, telemetry, stop)
+                return False
+    return True
 
 
 def _build_loader(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> StepLoader:
@@ -112,32 +135,16 @@ def _build_loader(config: RunConfig, world: World, checkpoint: Checkpoint | None
         micro_batch_rows=config.train.micro_batch_rows,
         state=StreamState.from_json(checkpoint.state["stream"]) if checkpoint else None,
         post_pack=kernel_tables(config.model, world.device, config.train.dtype),
+        stages=objective_stages(config.model, seed=config.data.seed),
     )
 
 
-def _build_engine(config: RunConfig, world: World, loader: StepLoader) -> Engine:
-    model = MultimodalTransformer(
-        config.model, vocab_size=loader.tokenizer.vocab_size, media_features=loader.media_features, seed=config.seed
-    )
+def _build_engine(config: RunConfig, world: World, loader: StepLoader, checkpoint: Checkpoint | None) -> Engine:
+    model = build_model(config, world, loader, checkpoint)
     torch.manual_seed(config.seed + world.rank)
-    return Engine(model, config, world, accumulation=loader.accumulation)
-
-
-def _begin_attempt(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> ConsumedLedger:
-    """Open the ledger of consumed samples; every rank writes to the attempt that rank 0 has numbered."""
-    attempt = int(world.gather([next_attempt(config.run_dir)])[0, 0])
-
-    def begin() -> ConsumedLedger:
-        try:
-            if world.rank == 0:
-                parent = int(checkpoint.state["attempt"]) if checkpoint else None
-                begin_attempt(config.run_dir, attempt, parent=parent, resumed_step=checkpoint.step if checkpoint else 0)
-                save_resolved(config, Path(config.run_dir) / "config.yaml")
-            return ConsumedLedger(config.run_dir, attempt, world.rank)
-        except OSError as error:
-            raise PretrainError(f"cannot write to run_dir on rank {world.rank}: {error}; choose another one") from error
-
-    return world.together(begin)
+    engine = Engine(model, config, world, accumulation=loader.accumulation)
+    poison_if_asked(engine)
+    return engine
 
 
 def _open_telemetry(config: RunConfig, engine: Engine) -> Telemetry:
@@ -151,11 +158,14 @@ def _open_telemetry(config: RunConfig, engine: Engine) -> Telemetry:
     )
 
 
-def _windows(loader: StepLoader, world: World, *, steps: int) -> Iterator[tuple[StepWindow, float]]:
-    """Yield `steps` windows and the seconds each was waited for; what one rank cannot read ends all of them."""
+def _windows(
+    loader: StepLoader, engine: Engine, heartbeat: Heartbeat, *, steps: int
+) -> Iterator[tuple[StepWindow, float]]:
+    """Yield the windows up to step `steps` and the seconds each was waited for; what one rank cannot read ends all."""
     stream = iter(loader)
-    for _ in range(steps):
-        yield world.together(partial(_timed_next, stream))
+    while engine.step < steps:
+        heartbeat.begin(engine.step)
+        yield engine.world.together(partial(_timed_next, stream))
 
 
 def _timed_next(stream: Iterator[StepWindow]) -> tuple[StepWindow, float]:
@@ -163,28 +173,6 @@ def _timed_next(stream: Iterator[StepWindow]) -> tuple[StepWindow, float]:
     with torch.random.fork_rng(devices=()):  # torch's DataLoader draws a seed for its workers from the global state
         window = next(stream)
     return window, time.perf_counter() - started
-
-
-def _save(config: RunConfig, engine: Engine, stream: StreamState, attempt: int) -> None:
-    save_checkpoint(
-        config.run_dir,
-        engine,
-        config.checkpoint,
-        state={"stream": stream.to_json(), "attempt": attempt},
-        config_yaml=to_yaml(config),
-    )
-
-
-def _catch_sigterm() -> list[int]:
-    """Return a list that SIGTERM makes non-empty."""
-    caught: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
-    return caught
-
-
-def _kill_if_asked(step: int) -> None:
-    if os.environ.get(KILL_AT_STEP) == str(step):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,16 +36,19 @@ OWNED_KEYS = {
     "zero_optimization.ignore_unused_parameters": "nothing: the participation contract decides",
     "zero_optimization.compute_grad_norm": "nothing: every step's norm is checked and reported",
     "zero_optimization.round_robin_gradients": "nothing: checkpoint fragments need the plain order",
-    "zero_optimization.offload_optimizer": "nothing: checkpoint fragments of offloaded state are not supported",
-    "zero_optimization.offload_param": "nothing: checkpoint fragments of offloaded state are not supported",
-    "zero_optimization.cpu_offload": "nothing: checkpoint fragments of offloaded state are not supported",
-    "zero_optimization.cpu_offload_param": "nothing: checkpoint fragments of offloaded state are not supported",
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer={device: cpu}, its present name",
+    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param={device: cpu}, its present name",
     "zero_optimization.mics_shard_size": "nothing: checkpoint fragments need one partition over all ranks",
 }
 """Key of the DeepSpeed dict -> the setting of ours that decides it."""
 
 LARGEST_BUCKET = 500_000_000
 """Elements of the communication buckets of a model that is at least that large, DeepSpeed's own default."""
+
+AbsentModality = Literal["skip", "guard", "align"]
+"""What a step does about a modality that some or all ranks lack; see `participation`."""
+LossNorm = Literal["global_tokens", "global_square_root", "global_documents", "micro_batch_tokens"]
+"""What one step's loss is a mean over; see `loss_norm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,10 @@ class TrainConfig:
     """Packed rows of one forward pass of one rank."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """0 replicates everything; 1 shards the optimizer, 2 also gradients, 3 also parameters over the ranks."""
+    absent_modality: AbsentModality = "skip"
+    """skip: a tower nobody has data for stays as it is; guard: it takes a step of zeros; align: refuse uneven steps."""
+    loss_norm: LossNorm = "global_tokens"
+    """A mean over all tokens, documents, or in between of the step; micro_batch_tokens: a mean of means, as others."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: low-precision compute over fp32 master weights and moments (ZeRO 1, 2, 3)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -68,6 +75,8 @@ class TrainConfig:
     """Steps between two progress lines; metrics.jsonl has every step."""
     torch_threads: int = 0
     """Threads of torch in each rank on CPU; 0 leaves the launcher's choice."""
+    deterministic: bool = False
+    """Use only operations that give the same bits in every run on the same layout; an error names one that cannot."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +110,7 @@ def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -
         section, _, name = key.rpartition(".")
         if name in (zero if section else given):
             raise PretrainError(f"deepspeed.{key} is decided by {owner}; remove it from the deepspeed section")
+    _check_offload(zero)
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     if stage <= 1 and zero.get("overlap_comm"):
         raise PretrainError(
@@ -125,3 +135,14 @@ def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    """Raise PretrainError for state that is kept where its fragments cannot be read: between steps it is in files."""
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise PretrainError(
+                f"deepspeed.zero_optimization.{key}.device is {device!r}, whose state no checkpoint could hold; "
+                "use cpu, or none"
+            )

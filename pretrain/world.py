@@ -21,6 +21,7 @@ import torch.distributed as dist
 from triweave.data_pipeline.errors import DataError
 from triweave.kernels.errors import KernelError
 from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.health.heartbeat import noted
 
 Result = TypeVar("Result")
 
@@ -33,6 +34,13 @@ _set_for_one: dict[str, str] = {}
 """What `open_world` put into the environment of a process without a launcher."""
 _joined: list[int] = []
 """This process's rank in every world it has opened."""
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "reduce",
+    "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "all_to_all", "broadcast", "barrier",
+)  # fmt: skip
+"""Methods of DeepSpeed's communication backend that a heartbeat names."""
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+"""What torch says of an operation that `open_world(deterministic=True)` forbids."""
 MESSAGE_BYTES = 4096
 """An error message that travels between ranks is cut to this many UTF-8 bytes."""
 
@@ -54,9 +62,12 @@ class World:
         mine = torch.tensor(np.asarray(values, dtype=np.float64))
         if self.size == 1:
             return mine.numpy()[None]
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine, group=self.control)
-        return torch.stack(rows).numpy()
+        return torch.stack(self._all_gather(mine)).numpy()
+
+    def texts(self, text: str) -> list[str]:
+        """Return every rank's text, cut to MESSAGE_BYTES; collective."""
+        mine = _as_bytes(text)
+        return [_as_text(row) for row in (self._all_gather(mine) if self.size > 1 else [mine])]
 
     def agree(self, error: BaseException | None = None, *, stop: bool = False) -> bool:
         """Return whether any rank wants to stop; raise on every rank if any rank has an error. Collective.
@@ -87,21 +98,26 @@ class World:
         self.agree(error)
         return result[0]
 
+    def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        noted("gather of the ranks", dist.all_gather)(rows, mine, group=self.control)
+        return rows
+
     def _first_message(self, error: BaseException | None, source: int) -> str:
-        # a path that is not UTF-8 holds surrogates, which strict encoding refuses
-        text = f"{type(error).__name__}\n{error}".encode(errors="backslashreplace")[:MESSAGE_BYTES]
-        payload = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        payload[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        payload = _as_bytes(f"{type(error).__name__}\n{error}")
         if self.size > 1:
-            dist.broadcast(payload, src=source, group=self.control)
-        return bytes(payload.numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
+            noted("broadcast of an error", dist.broadcast)(payload, src=source, group=self.control)
+        return _as_text(payload)
 
 
-def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: int = 0) -> World:
+def open_world(
+    device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: int = 0, *, deterministic: bool = False
+) -> World:
     """Join the process group and return this process's place in it.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the world is this process on a free
-    port. gloo on CPU, NCCL on CUDA with one device per local rank. Raises PretrainError when there are too few devices.
+    port. gloo on CPU, NCCL on CUDA with one device per local rank. deterministic: torch refuses, from here on, every
+    operation whose result can differ between two runs. Raises PretrainError when there are too few devices.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,6 +141,7 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
         raise too_many
     if torch_threads:
         torch.set_num_threads(torch_threads)
+    _choose_algorithms(deterministic)
     _quieten_deepspeed(device)
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if place.type == "cuda":
@@ -135,6 +152,20 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto", torch_threads: i
     _join_deepspeed()
     control = dist.new_group(backend="gloo") if place.type == "cuda" else dist.group.WORLD
     return World(rank=rank, size=size, device=place, control=control)
+
+
+def _as_bytes(text: str) -> torch.Tensor:
+    """Return uint8 [MESSAGE_BYTES], the text's UTF-8 and zeros."""
+    # a path that is not UTF-8 holds surrogates, which strict encoding refuses
+    encoded = text.encode(errors="backslashreplace")[:MESSAGE_BYTES]
+    payload = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+    if encoded:
+        payload[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    return payload
+
+
+def _as_text(payload: torch.Tensor) -> str:
+    return bytes(payload.numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
 
 def world_is_open() -> bool:
@@ -170,6 +201,14 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _choose_algorithms(deterministic: bool) -> None:
+    """Let torch, cuDNN and cuBLAS compute the same bits from the same inputs every time, or whatever is fastest."""
+    if deterministic:  # cuBLAS reads it when it is first used; without it some of its sums depend on the stream
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
+
+
 def _quieten_deepspeed(device: str) -> None:
     """Let DeepSpeed choose our device and log errors only; its warnings repeat what our checks refuse or intend."""
     os.environ["DS_ACCELERATOR"] = device
@@ -191,6 +230,10 @@ def _join_deepspeed() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        if name not in vars(backend):  # which outlives a world
+            setattr(backend, name, noted(name, getattr(backend, name)))
 
 
 def _free_port() -> str:

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 
 from triweave.launch.cli import COMMANDS
-from triweave.launch.commands import bench, kernels
+from triweave.launch.commands import bench, checkpoint, kernels
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
-SUBCOMMANDS = {"tokenizer": ("train",), "bench": tuple(bench.ACTIONS), "kernels": tuple(kernels.ACTIONS)}
+SUBCOMMANDS = {
+    "tokenizer": ("train",),
+    "bench": tuple(bench.ACTIONS),
+    "kernels": tuple(kernels.ACTIONS),
+    "checkpoint": tuple(checkpoint.ACTIONS),
+}
 
 
 def shell_lines() -> list[list[str]]:

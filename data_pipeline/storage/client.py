@@ -113,12 +113,17 @@ class ObjectClient:
 
         return self._repeat("read", key, ask)
 
-    def put(self, key: str, content: Path | bytes, xxh3: str, mode: Literal["overwrite", "create"]) -> None:
-        """Write an object whole. `create` raises FileExistsError where there is one; then the object is untouched."""
+    def put(
+        self, key: str, content: Path | bytes | memoryview, xxh3: str, mode: Literal["overwrite", "create"]
+    ) -> None:
+        """Write an object whole. `create` raises FileExistsError where there is one; then the object is untouched.
+
+        xxh3: xxh3_64 of the content to keep as its metadata; empty where readers know what it must be.
+        """
         import obstore
 
         def write() -> None:
-            attributes = {XXH3_ATTRIBUTE: xxh3}
+            attributes = {XXH3_ATTRIBUTE: xxh3} if xxh3 else {}
             parts = {} if mode == "create" else {"chunk_size": UPLOAD_PART_BYTES, "max_concurrency": 4}
             obstore.put(self._store, key, content, attributes=attributes, mode=mode, **parts)  # type: ignore[arg-type]
 
@@ -137,6 +142,16 @@ class ObjectClient:
         def ask() -> dict[str, int]:
             found = obstore.list_with_delimiter(self._store, prefix)["objects"]
             return {item["path"].rpartition("/")[2]: item["size"] for item in found}
+
+        return self._repeat("listed", prefix, ask)
+
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of the prefixes right below a prefix."""
+        import obstore
+
+        def ask() -> list[str]:
+            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+            return [name.rstrip("/").rpartition("/")[2] for name in found]
 
         return self._repeat("listed", prefix, ask)
 

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import CorruptionBudgetError, DataError
-from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.storage.counters import storage_counts
 from triweave.data_pipeline.storage.location import is_remote
 from triweave.data_pipeline.storage.read_ahead import read_ahead
 from triweave.data_pipeline.storage.settings import StorageSettings
+from triweave.data_pipeline.stream.catalog import usable_modalities
 from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker, SampleBytes
 from triweave.data_pipeline.stream.plan import Planner
@@ -155,8 +155,9 @@ class StepLoader:
 
     @property
     def media_features(self) -> dict[str, int]:
-        """Modality name -> values of one payload row."""
-        return {name: modality.features(self.config.geometry) for name, modality in MODALITIES.items()}
+        """Modality name -> values of one payload row, of the modalities that the tokenizer has markers for."""
+        usable = usable_modalities(self.tokenizer)
+        return {name: modality.features(self.config.geometry) for name, modality in usable.items()}
 
     @property
     def allowed_fillers(self) -> int:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from triweave.data_pipeline.batch import TEXT_ID, PackedBatch
@@ -53,6 +54,7 @@ class PromptMedia:
 
 
 PromptPart = str | PromptMedia
+Decode = Callable[[PromptMedia, MediaGeometry], npt.NDArray[Any]]
 
 
 def read_media(path: str | Path, modality: str | None = None) -> PromptMedia:
@@ -116,11 +118,13 @@ def prompt_batch(
     geometry: MediaGeometry,
     end: bool = False,
     alone: bool = False,
+    decode: Decode | None = None,
 ) -> PackedBatch:
     """Return B prompts as B rows, padded on the right to the longest.
 
     end: close each prompt with eos, as a document. alone: make every part a one-span segment, as contrastive losses
         see it; `segments` then lists them, item 0 of each row.
+    decode: what stands in for `decode_media`; who asks for the same media often passes one that remembers.
     Raises MediaError, naming it, for a medium that cannot be decoded, PromptError for one the tokenizer has no markers
         for, TokenizerError for a text that is none.
     """
@@ -132,7 +136,7 @@ def prompt_batch(
     ]
     media: dict[int, list[Any]] = {}
     for item in (item for row in pieces for draft in row for item in draft.media):
-        media.setdefault(MODALITIES[item.modality].id, []).append(_decode(item, geometry))
+        media.setdefault(MODALITIES[item.modality].id, []).append((decode or decode_media)(item, geometry))
     rows = [
         Row(number, [draft.piece(f"prompt:{number}:{place}", alone=alone) for place, draft in enumerate(row)])
         for number, row in enumerate(pieces)
@@ -190,7 +194,8 @@ def _alone(part: PromptPart) -> AloneSpan:
     return AloneSpan(item=0, modality=MODALITIES[part.modality].id, content_key=key, group_key=0)
 
 
-def _decode(media: PromptMedia, geometry: MediaGeometry) -> Any:
+def decode_media(media: PromptMedia, geometry: MediaGeometry) -> npt.NDArray[Any]:
+    """Return what the registry makes of a medium's bytes; raises MediaError, naming it, where they are damaged."""
     try:
         return MODALITIES[media.modality].decode(media.content, media.info, geometry)
     except MediaError as error:

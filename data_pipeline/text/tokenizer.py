@@ -1,5 +1,7 @@
 """The text tokenizer: sentencepiece BPE with byte fallback, and the marker tokens of media and conversations.
 
+Tokenizers of imported models are in `hugging_face`; both are a `Tokenizer`.
+
 Text is never normalised: decode(encode(text)) == text for every Unicode string, whatever its spaces and languages.
 Markers are sentencepiece *control* symbols, which encoding never produces: a corpus that holds the characters
 `<|image|>` gets ordinary tokens. Training is a pure function of (shards, vocab_size, seed, sample size).
@@ -10,6 +12,7 @@ from __future__ import annotations
 import heapq
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +48,69 @@ class MediaTokens:
     placeholder_id: int
 
 
-class Tokenizer:
-    """A trained tokenizer; picklable, so that worker processes can be handed one.
+class Tokenizer(ABC):
+    """What the stream needs of a tokenizer; picklable, so that worker processes can be handed one.
 
-    hash: xxh3_128 (hex) of the model file.
-    media: modality name -> MediaTokens, for registered and reserved modalities.
+    hash: xxh3_128 (hex) of all that decides what a text becomes. vocab_size: ids are below it.
+    pad_id, bos_id, eos_id: of padding, and of a document's two ends.
+    media: modality name -> MediaTokens.
     markers: chat marker -> token id.
     unwritable: ids that no text encodes to (pad, bos, eos, unknown, every marker); generation must not draw them, eos
         excepted.
     """
+
+    hash: str
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    media: dict[str, MediaTokens]
+    markers: dict[str, int]
+    unwritable: frozenset[int]
+
+    @staticmethod
+    def load(path: Path | str) -> Tokenizer:
+        """Read a tokenizer: a file of `triweave tokenizer train`, or a folder that `triweave import` wrote.
+
+        Raises TokenizerError where it is missing, unreadable, or neither.
+        """
+        if Path(path).is_dir():
+            from triweave.data_pipeline.text.hugging_face import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer.read(Path(path))
+        try:
+            return SentencePieceTokenizer(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise TokenizerError(
+                f"tokenizer {path} cannot be read ({error.strerror}): train one with "
+                f"`triweave tokenizer train SHARDS --vocab-size V --out {path}`"
+            ) from None
+
+    @abstractmethod
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Return the token ids of `text`, int32 [tokens], without bos and eos; never a marker.
+
+        Raises TokenizerError for a text with a lone surrogate, which no encoding of Unicode can hold.
+        """
+
+    @abstractmethod
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of several texts, as `encode` gives them; for many it is faster.
+
+        Raises TokenizerError for a text with a lone surrogate.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; markers, bos, eos and pad have none, broken UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a text that one token stands for, none for markers, bos, eos and pad."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer trained by Triweave; media has registered and reserved modalities."""
 
     def __init__(self, model: bytes, name: str) -> None:
         """Make a tokenizer from the bytes of a model file; `name` is what errors call it.
@@ -91,56 +148,36 @@ class Tokenizer:
             )
         self._space_symbol_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
 
-    @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
-        """Read a model file.
-
-        Raises TokenizerError where it is missing, unreadable, or no tokenizer trained by Triweave.
-        """
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise TokenizerError(
-                f"tokenizer {path} cannot be read ({error.strerror}): train one with "
-                f"`triweave tokenizer train SHARDS --vocab-size V --out {path}`"
-            ) from None
-
-    def __reduce__(self) -> tuple[Callable[[bytes, str], Tokenizer], tuple[bytes, str]]:
+    def __reduce__(self) -> tuple[Callable[[bytes, str], SentencePieceTokenizer], tuple[bytes, str]]:
         """Pickle as the model's bytes."""
-        return Tokenizer, (self._model, self._name)
+        return SentencePieceTokenizer, (self._model, self._name)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Return the token ids of `text`, int32 [tokens], without bos and eos; never a marker.
-
-        Raises TokenizerError for a text with a lone surrogate, which no encoding of Unicode can hold.
-        """
+        """Return the token ids of `text`, int32 [tokens]."""
         try:
             if _SPACE_SYMBOL not in text:
                 return np.asarray(self._processor.encode(text), np.int32)
             return np.asarray(self._encode_spelled(text), np.int32)
         except Exception:
-            _refuse_surrogates([text])
+            refuse_surrogates([text])
             raise
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of several texts, as `encode` gives them; for many it is twice as fast.
-
-        Raises TokenizerError for a text with a lone surrogate.
-        """
+        """Return the token ids of several texts; for many it is twice as fast."""
         try:
             if not any(_SPACE_SYMBOL in text for text in texts):
                 return self._processor.encode(list(texts), num_threads=1)
             return [self._encode_spelled(text) for text in texts]
         except Exception:
-            _refuse_surrogates(texts)
+            refuse_surrogates(texts)
             raise
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; markers, bos, eos and pad have none, broken UTF-8 becomes U+FFFD."""
+        """Return the text of token ids."""
         return self._processor.decode([int(token) for token in ids])
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a text that one token stands for, none for markers, bos, eos and pad.
+        """Return the UTF-8 bytes of one token.
 
         b"".join(map(token_bytes, encode(text))) == text.encode(): where these bytes meet are the token boundaries.
         """
@@ -161,8 +198,8 @@ class Tokenizer:
         return ids
 
 
-def _refuse_surrogates(texts: Sequence[str]) -> None:
-    """Raise the error that sentencepiece, which has several for it, should have raised."""
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raise TokenizerError for a text with a lone surrogate, for which the libraries raise errors of many kinds."""
     for text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise TokenizerError(f"text {text[:40]!r} holds a lone surrogate: repair its source") from None
@@ -222,7 +259,7 @@ def train_tokenizer(
         write_atomically(out_path, model)
     except OSError as error:
         raise TokenizerError(f"--out {out_path} cannot be written ({error.strerror}): name another place") from None
-    trained = Tokenizer(model, str(out_path))
+    trained = SentencePieceTokenizer(model, str(out_path))
     return TrainingReport(
         vocab_size=trained.vocab_size,
         hash=trained.hash,

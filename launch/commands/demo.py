@@ -4,6 +4,7 @@
   triweave demo --tuxpaint tuxpaint-stamps-default_2022.06.04-1_all.deb --asterisk FOLDER
   triweave demo --out /tmp/demo --steps 40 --json
   triweave demo --long                             about an hour: 3 seeds and a control on shuffled pairs
+  triweave demo fault                              a minute, no download: towers that DeepSpeed trains silently wrong
 
 Stop it whenever you like: started again it continues. A second run repeats nothing and needs no network.
 DIR/report.html shows it, DIR/result.json has the figures, DIR/train the run, DIR/config.yaml its config; --long adds
@@ -25,7 +26,10 @@ CORPUS_CHOICES = ("auto", "debian", "emoji")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "part", nargs="?", choices=("fault",), help="fault: ranks with unlike modalities under DeepSpeed and Triweave"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/demo, or runs/fault for `demo fault`")
     parser.add_argument(
         "--corpus",
         choices=CORPUS_CHOICES,
@@ -41,13 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run or continue the demo and print its result."""
+    if arguments.part == "fault":
+        return _run_fault(arguments.out or Path("runs/fault"), as_json=arguments.json)
     from triweave.launch.demo.corpora import CorpusChoice
     from triweave.launch.demo.short import DemoOptions
 
     named = {"tuxpaint": arguments.tuxpaint, "asterisk": arguments.asterisk}
     given = {name: path for name, path in named.items() if path is not None}
     choice = CorpusChoice(corpus=arguments.corpus, given=given)
-    options = DemoOptions(out=arguments.out, choice=choice, steps=arguments.steps)
+    options = DemoOptions(out=arguments.out or Path("runs/demo"), choice=choice, steps=arguments.steps)
     if arguments.long:
         return _run_long(options, as_json=arguments.json)
     return _run_short(options, as_json=arguments.json)
@@ -62,6 +68,20 @@ def _run_short(options: DemoOptions, *, as_json: bool) -> int:
         print(json.dumps(result))
     else:
         print_result(result)
+    return 0
+
+
+def _run_fault(out: Path, *, as_json: bool) -> int:
+    from rich.console import Console
+
+    from triweave.launch.demo.fault import print_fault_result, run_fault_demo
+
+    with Console(stderr=True).status("starting") as status:
+        result = run_fault_demo(out, update=status.update)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_fault_result(result, out)
     return 0
 
 

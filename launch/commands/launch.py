@@ -3,17 +3,18 @@
   triweave launch run.yaml --resume                          all GPUs of this machine, from the newest checkpoint
   triweave launch run.yaml optimizer.lr=3e-4 train.steps=500
   triweave launch run.yaml --hostfile hosts --num-ranks 16   first 16 slots of the hostfile, over pdsh and ssh
+  triweave launch run.yaml --restarts 3                      ranks that die or stand still are started again
   triweave launch run.yaml --num-ranks 8 --dry-run           print the command line and stop
 
 A hostfile has lines like `worker-0 slots=8`. Who prefers the plain tool types
   deepspeed --hostfile hosts pretrain/train.py run.yaml
-Exit code: 0 done, 2 the run cannot work (one line says why), 130 interrupted, else the code of the rank that failed.
+SIGUSR1 ends the run with a checkpoint. Exit code: 0 done, 2 the run cannot work (one line says why), 75 stopped with a
+checkpoint (start it again with --resume), 124 it stood still, 130 interrupted, else the code of the rank that failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="machines to use, lines of `NAME slots=N`")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in run_dir")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again from the newest checkpoint up to N times when a rank dies or all stand still (default: 0)",
+    )
     parser.add_argument("--oversubscribe", action="store_true", help="on CPU, allow more ranks than cores")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the command line, start nothing"
@@ -46,12 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the run, start its ranks, wait for them."""
     from triweave.pretrain.config import load_config
 
+    if arguments.restarts < 0:
+        raise LaunchError(f"--restarts {arguments.restarts}: must be 0 or above")
     config = load_config(arguments.config, arguments.overrides)
     command = plan_command(arguments, config)
     if arguments.dry_run:
         print(command)
         return 0
-    return start(command, run_dir=Path(config.run_dir))
+    return start(command, arguments, config)
 
 
 def plan_command(arguments: argparse.Namespace, config: RunConfig) -> LaunchCommand:
@@ -83,11 +93,17 @@ def plan_command(arguments: argparse.Namespace, config: RunConfig) -> LaunchComm
     return command
 
 
-def start(command: LaunchCommand, *, run_dir: Path) -> int:
+def start(command: LaunchCommand, arguments: argparse.Namespace, config: RunConfig) -> int:
     """Run the command to its end with a log in run_dir; return the exit code, after one line where it is not 0."""
-    from triweave.launch.processes import run_to_end
+    from triweave.launch.supervisor import STALLED, supervise, tell
+    from triweave.pretrain.health.signals import REQUEUE
 
+    run_dir = Path(config.run_dir)
     log_path = run_dir / "launch.log"
+
+    def again() -> LaunchCommand:
+        return plan_command(argparse.Namespace(**{**vars(arguments), "resume": True}), config)
+
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         log = log_path.open("ab")
@@ -96,11 +112,17 @@ def start(command: LaunchCommand, *, run_dir: Path) -> int:
             f"run_dir {run_dir}: {error.strerror}; choose a folder that can be written: run_dir=DIR"
         ) from None
     with log:
-        outcome = run_to_end(command, log=log)
+        outcome = supervise(
+            command, again, run_dir=run_dir, log=log, stall_s=config.health.stall_s, restarts=arguments.restarts
+        )
     if outcome.stopped_by is not None:
-        print(f"triweave launch: stopped by {outcome.stopped_by.name}; all ranks have ended", file=sys.stderr)
+        tell(f"stopped by {outcome.stopped_by.name}; all ranks have ended")
         return 128 + outcome.stopped_by
-    if outcome.exit_code not in (0, 2):  # the line of a user error (2) has been shown already
+    if outcome.exit_code == REQUEUE:
+        tell("stopped with a checkpoint before the last step; go on with --resume")
+    elif outcome.exit_code == STALLED:
+        tell(f"the run stood still and was ended; go on with --resume, or with --restarts; output: {log_path}")
+    elif outcome.exit_code not in (0, 2):  # the line of a user error (2) has been shown already
         code = f"{outcome.exit_code}" + (f" (signal {outcome.exit_code - 128})" if outcome.exit_code > 128 else "")
-        print(f"triweave launch: a rank failed with exit code {code}; its output is in {log_path}", file=sys.stderr)
+        tell(f"a rank failed with exit code {code}; its output is in {log_path}")
     return outcome.exit_code

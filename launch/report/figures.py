@@ -61,6 +61,31 @@ def contrastive_plots(runs: Sequence[ReportRun]) -> list[Plot]:
     ]
 
 
+def task_plots(runs: Sequence[ReportRun]) -> list[Plot]:
+    """Return loss, accuracy and weight of every objective, nothing where no run has several."""
+    names = list(dict.fromkeys(name for run in runs for entry in run.entries for name in entry.get("tasks", {})))
+    units = {
+        "loss": "mean over its rows",
+        "accuracy": "share of rows",
+        "weight": "factor of the mean; 0: learnt nothing",
+    }
+    several = len(runs) > 1
+    return [
+        plot
+        for key, unit in units.items()
+        for plot in _curves(
+            f"Objectives, {key}",
+            [
+                _series(run, f"tasks/{name}/{key}", colour, label=f"{run.name}: {name}" if several else name)
+                for colour, (run, name) in enumerate((run, name) for run in runs for name in names)
+                if run.values(f"tasks/{name}/{key}")[1]
+            ],
+            unit,
+            smooth=key != "weight",
+        )
+    ]
+
+
 def efficiency_plots(runs: Sequence[ReportRun]) -> list[Plot]:
     """Return throughput, step time, data wait, pack fill and memory over the steps."""
     fill = [

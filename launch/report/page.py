@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from triweave.launch.report import figures
 from triweave.launch.report.content import Caption, Card, CardGroup, Folded, Section, render
+from triweave.launch.report.health import health_section
 from triweave.launch.report.run_files import ReportRun
 from triweave.launch.report.samples import CAPTION_TOKENS, RunSamples
 from triweave.launch.report.sections import (
@@ -55,7 +56,7 @@ def render_page(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> str
 
 def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> list[Section]:
     """Return the sections from the top of the page to its end."""
-    contrastive = figures.contrastive_plots(runs)
+    contrastive, tasks = figures.contrastive_plots(runs), figures.task_plots(runs)
     return [
         Section(
             id="losses",
@@ -67,7 +68,9 @@ def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> l
             plots=figures.loss_plots(runs),
             tables=(loss_table(runs),),
         ),
+        *([Section(id="objectives", title="Objectives", plots=tasks)] if tasks else []),
         *([Section(id="contrastive", title="Contrastive loss", plots=contrastive)] if contrastive else []),
+        *([health] if (health := health_section(runs)) else []),
         *_evaluation_sections(runs),
         _sample_section(runs, samples),
         Section(

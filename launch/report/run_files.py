@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from triweave.launch.errors import ReportError
 from triweave.launch.metrics import METRICS_NAME, mean_loss_by_modality, read_metrics
 from triweave.launch.report.evaluation_file import EVALUATION_NAME, Evaluation, parse_evaluation
 from triweave.launch.report.wording import readable
+from triweave.pretrain.health.events import read_events
 
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
@@ -32,6 +33,7 @@ class ReportRun:
     config_text: config.yaml as it stands there, None without one; config: the same as a tree.
     unigram: modality -> loss of the best unigram model on the last steps; empty where no demo has computed it.
     parameters: of the model, None where neither an evaluation nor a demo's result says it.
+    events: what happened to the run's health, oldest first.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ReportRun:
     evaluation: Evaluation | None
     unigram: dict[str, float]
     parameters: int | None
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -65,13 +68,12 @@ class ReportRun:
             return None
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
-        """Return (steps, values) of a figure over the steps that have it; `outer/inner` looks into a mapping."""
+        """Return (steps, values) of a figure over the steps that have it; `outer/inner` looks into mappings."""
         steps, values = [], []
-        outer, _, inner = name.partition("/")
         for entry in self.entries:
-            value = entry.get(outer)
-            if inner:
-                value = value.get(inner) if isinstance(value, dict) else None
+            value: Any = entry
+            for key in name.split("/"):
+                value = value.get(key) if isinstance(value, dict) else None
             if value is not None:
                 steps.append(int(entry["step"]))
                 values.append(float(value))
@@ -105,6 +107,7 @@ def read_run(folder: Path, name: str) -> ReportRun:
         evaluation=evaluation,
         unigram={key: float(value) for key, value in result.get("unigram_by_modality", {}).items()},
         parameters=parameters,
+        events=_read_events(folder),
     )
 
 
@@ -123,7 +126,8 @@ def _read_entries(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_NAME
     try:
         metrics = read_metrics(folder)
-        entries = [metrics[step] for step in sorted(metrics)]
+        # a step whose loss was not finite has none
+        entries = [metrics[step] for step in sorted(metrics) if metrics[step]["loss"] is not None]
         for entry in entries:
             mean_loss_by_modality([entry])
             float(entry["loss"])
@@ -134,6 +138,16 @@ def _read_entries(folder: Path) -> list[dict[str, Any]]:
             f"{folder}: no steps in {METRICS_NAME}; name the run_dir of a run that has trained at least one step"
         )
     return entries
+
+
+def _read_events(folder: Path) -> list[dict[str, Any]]:
+    try:
+        events = read_events(folder)
+        for event in events:
+            int(event["step"]), str(event["event"]), str(event["text"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{folder / 'health'}: not the events of a run ({_reason(error)}); remove it") from None
+    return events
 
 
 def _read_text(path: Path) -> str | None:

@@ -20,8 +20,11 @@ def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def percent(share: float | None, digits: int = 1, *, sign: bool = False) -> str:
-    """Return a share of 1 as `12.3 %`."""
-    text = number(None if share is None else 100 * share, digits, sign=sign)
+    """Return a share of 1 as `12.3 %`; what is not all of it never reads 100 %, it gets up to three decimals more."""
+    for more in range(4):
+        text = number(None if share is None else 100 * share, digits + more, sign=sign)
+        if share is None or share >= 1 or not text.removeprefix("+").startswith("100"):
+            break
     return text if text == ABSENT else f"{text} %"
 
 

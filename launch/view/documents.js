@@ -56,7 +56,8 @@ export class List {
     const searched = this.next === null ? this.samples : this.next;
     const passed = this.unreadable ? `, ${count(this.unreadable)} damaged passed over` : "";
     const shown = `${count(this.numbers.length)} shown, ${count(searched)} of ${count(this.samples)} searched`;
-    this.status.replaceChildren(shown + passed + (word === "searching" ? " …" : ""));
+    const nothing = this.next === null && !this.numbers.length ? "Nothing found. " : "";
+    this.status.replaceChildren(nothing + shown + passed + (word === "searching" ? " …" : ""));
   }
 
   add(sample) {

@@ -7,7 +7,6 @@ type is what their own bytes say; what is no picture or sound that a browser is 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -151,7 +150,7 @@ def _shown_medium(sample: Sample, place: int, part: MediaPart) -> dict[str, Any]
         "alt": part.alt,
         "t_ms": part.t_ms,
         "bytes": sample.row["part_size"][place],
-        "info": {name: value for name, value in asdict(part.info).items() if value},
+        "info": {name: value for name, value in part.info._asdict().items() if value},
         "ms": part.info.ms if part.info.samples and part.info.rate else 0,
         "kind": "other",
         "problem": "",

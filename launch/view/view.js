@@ -44,7 +44,10 @@ async function route() {
   state.number = second ?? null;
   document.body.classList.toggle("reading", state.number !== null);
   byId("tab-documents").href = state.number === null ? `#documents/${folder}` : location.hash;
-  if (state.number === null) return;
+  if (state.number === null) {
+    page.replaceChildren(element("p", { class: "about" }, "Choose a document from the list, or press j."));
+    return;
+  }
   list.mark(state.number);
   await showDocument(page, folder, state.number,
     { tokens: state.tokens, block: state.packs ? state.block : null }, openDocument, fresh);

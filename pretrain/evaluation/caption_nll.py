@@ -24,7 +24,6 @@ from torch.nn import functional
 from triweave.data_pipeline.batch import TEXT_ID
 from triweave.data_pipeline.shards.schema import TEXT
 from triweave.data_pipeline.stream.prompt import PromptMedia, PromptPart, prompt_batch
-from triweave.pretrain.batch import to_device
 from triweave.pretrain.evaluation.bootstrap import bootstrap
 from triweave.pretrain.evaluation.documents import (
     EFFECT,
@@ -140,10 +139,11 @@ def _row_nlls(run: LoadedRun, packed: Any) -> tuple[Floats, Floats]:
     media = packed.modality_ids > TEXT_ID
     last_medium = np.where(media.any(axis=1), S - 1 - media[:, ::-1].argmax(axis=1), 0)
     scored = packed.row_index % S >= last_medium[row_of_target]
-    where, target = packed.row_index[scored], packed.targets[scored]
-    batch = to_device(packed, run.device)
+    target = packed.targets[scored]
+    batch = run.to_device(packed)
+    where = batch.row_index[torch.from_numpy(scored).to(run.device)]  # places as the model reads them
     head = cast(LanguageModelHead, run.model.heads["language_model"])
-    states = run.model.hidden(batch).flatten(0, 1)[torch.from_numpy(where).to(run.device)]
+    states = run.model.hidden(batch).flatten(0, 1)[where]
     logits = head.logits(states).float()
     nats = functional.cross_entropy(logits, torch.from_numpy(target).to(run.device), reduction="none")
     rows = row_of_target[scored]

@@ -11,7 +11,6 @@ import torch
 
 from triweave.data_pipeline.shards.schema import TEXT
 from triweave.data_pipeline.stream.prompt import PromptPart, prompt_batch
-from triweave.pretrain.batch import to_device
 from triweave.pretrain.evaluation.documents import EvaluationDocument, EvaluationDocuments
 from triweave.pretrain.heads import ContrastiveHead
 from triweave.pretrain.load import LoadedRun
@@ -45,7 +44,7 @@ def encode_parts(run: LoadedRun, parts: Sequence[PromptPart]) -> Encoded:
     for first in range(0, len(parts), BATCH_PARTS):
         rows = [[part] for part in parts[first : first + BATCH_PARTS]]
         packed = prompt_batch(rows, tokenizer=run.tokenizer, geometry=run.config.data.geometry, alone=True)
-        batch = to_device(packed, run.device)
+        batch = run.to_device(packed)
         states = run.model.hidden(batch)
         lengths = batch.segment_lengths
         summed = torch.segment_reduce(states.flatten(0, 1)[batch.segment_index], "sum", lengths=lengths, axis=0)

@@ -150,6 +150,13 @@ def _features(
     """Return the features of the training documents and of the others."""
     if modality != TEXT:
         return features.of(training, modality), features.of(others, modality)
+    return text_features(training, others)
+
+
+def text_features(
+    training: Sequence[EvaluationDocument], others: Sequence[EvaluationDocument]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the TF-IDF features [n, TEXT_FEATURES or fewer] of both, fitted on the training documents."""
     vectoriser = TfidfVectorizer(
         analyzer="char_wb",
         ngram_range=TEXT_NGRAMS,

@@ -13,17 +13,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import test_build as builds
 
 from triweave.data_pipeline.errors import BuildError
 from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import test_build as builds
-finally:
-    sys.path.pop(0)
 
 numbers = builds.numbers
 expected = builds.expected

@@ -9,21 +9,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_build as builds
 
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.verify import verify
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import test_build as builds
-finally:
-    sys.path.pop(0)
 
 numbers = builds.numbers
 expected = builds.expected

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import test_build as builds
 
 from triweave.data_pipeline.errors import BuildError
 from triweave.data_pipeline.filters.options import FilterOptions
@@ -18,12 +18,6 @@ from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.stage_times import StageClock
 from triweave.data_pipeline.shards.throughput import THROUGHPUT_NAME, ThroughputMeter, read_throughput
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import test_build as builds
-finally:
-    sys.path.pop(0)
 
 numbers = builds.numbers
 

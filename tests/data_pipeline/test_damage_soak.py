@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,18 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_loader as streams
 
 from triweave.data_pipeline.config import DataConfig, SourceConfig
 from triweave.data_pipeline.errors import CorruptionBudgetError, DataError
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.launch.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import test_loader as streams
-finally:
-    sys.path.pop(0)
 
 DAMAGES = int(os.environ.get("SOAK_DAMAGES", "300"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))

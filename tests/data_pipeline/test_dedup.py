@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import dedup_quality as made
 import numpy as np
 import pytest
 
@@ -33,12 +33,6 @@ from triweave.data_pipeline.shards.schema import (
 from triweave.data_pipeline.shards.writer import EncodedSample, ShardWriter
 from triweave.data_pipeline.sources.folder import FolderSource
 from triweave.launch.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import dedup_quality as made
-finally:
-    sys.path.pop(0)
 
 ALL = DedupOptions(text=0.8, image=6, audio=0.2)
 

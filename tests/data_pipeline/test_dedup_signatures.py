@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
+import dedup_quality as made
 import numpy as np
 import pytest
 import scipy.fft
@@ -21,12 +21,6 @@ from triweave.data_pipeline.shards.schema import (
     TextPart,
 )
 from triweave.launch.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import dedup_quality as made
-finally:
-    sys.path.pop(0)
 
 ALL = DedupOptions(text=0.8, image=6, audio=0.2)
 

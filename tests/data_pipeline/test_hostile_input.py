@@ -194,11 +194,8 @@ def mutated(kind: str, first: int, count: int, folder: Path) -> dict[str, Any]:
     """Run trials of one kind in a process of their own; a crash, a hang or a wrong exception fails here."""
     if kind == "video":
         pytest.importorskip("av")
-        sys.path.insert(0, str(Path(__file__).parent))
-        try:
-            from test_video import write_video
-        finally:
-            sys.path.pop(0)
+        from test_video import write_video
+
         for ending in ("mp4", "webm", "mkv", "avi"):
             write_video(folder / f"whole.{ending}")
     command = [sys.executable, str(PROGRAM), kind, str(SEED), str(first), str(count), str(folder)]

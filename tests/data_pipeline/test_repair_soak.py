@@ -13,15 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from slow_source import SHARD_SIZE_BYTES, NumberSource
 
 from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from slow_source import SHARD_SIZE_BYTES, NumberSource
-finally:
-    sys.path.pop(0)
 
 REPAIRS = int(os.environ.get("SOAK_REPAIRS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import test_build as builds
 
 from triweave.data_pipeline.dedup.near_duplicates import near_duplicate_finder
 from triweave.data_pipeline.errors import BuildError
@@ -18,12 +18,6 @@ from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.verify import verify
 from triweave.data_pipeline.sources.base import Row
 from triweave.data_pipeline.sources.folder import FolderSource
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import test_build as builds
-finally:
-    sys.path.pop(0)
 
 SHARD_SIZE_BYTES = 150_000
 DAMAGED = (3, 30, 200, 201, 399)

@@ -12,7 +12,7 @@ from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.text import token_counts
 from triweave.data_pipeline.text.shard_texts import read_texts
 from triweave.data_pipeline.text.token_counts import read_token_counts, token_counts_path, write_token_counts
-from triweave.data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
+from triweave.data_pipeline.text.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_what_a_killed_run_left_half_written_is_removed(manifest, model):
     assert path.exists()
 
 
-class DeadlyTokenizer(Tokenizer):
+class DeadlyTokenizer(SentencePieceTokenizer):
     """Ends the worker process that unpickles it, as the kernel does when memory runs out."""
 
     def __reduce__(self):

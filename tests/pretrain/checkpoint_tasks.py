@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import resource
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from triweave.pretrain import fragment_files
+from triweave.data_pipeline.storage.client import ObjectClient
 from triweave.pretrain.checkpoint import (
     CheckpointConfig,
+    CheckpointSaver,
     list_checkpoints,
     newest_whole_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    step_of,
 )
+from triweave.pretrain.checkpoints.snapshot import Snapshot
 from triweave.pretrain.config import load_config
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.train import train
@@ -70,9 +77,11 @@ def save_after(
 
 
 def load_and_go_on(
-    world: Any, *, run_dir: str, stage: int, more: int = 0, case: str = "nobody_has_audio", precision: str = "fp32"
-) -> dict[str, Any]:
+    world: Any, *, run_dir: str, stage: int, more: int = 0, case: str = "nobody_has_audio", precision: str = "fp32",
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Load the newest whole checkpoint into a new engine and train on; the mirror of save_after."""
+    os.environ.update(environment or {})
     told: list[str] = []
     engine = _engine(world, stage, precision)
     checkpoint = newest_whole_checkpoint(run_dir, world, tell=told.append)
@@ -86,55 +95,145 @@ def load_and_go_on(
     return {"saved": saved, "rng": rng, "losses": losses, "last": last, "told": told, "state": checkpoint.state}
 
 
-def save_where_rank_1_cannot(world: Any, *, run_dir: str) -> tuple[str, str]:
-    """Save with something in the way of rank 1's file; return the class and text of the error."""
-    engine = _engine(world, 1)
-    fragments = engine.fragments
+def save_where_rank_1_cannot(world: Any, *, run_dir: str) -> list[tuple[str, str]]:
+    """Save in the background where rank 1 may write no file; return class and text of the errors that follow.
 
-    def obstruct() -> Any:
-        if world.rank == 1:
-            (Path(run_dir) / "checkpoints" / ".writing-step-0000000" / "rank-00001.safetensors").mkdir()
-        return fragments()
-
-    engine.fragments = obstruct
-    try:
-        save_checkpoint(run_dir, engine, CheckpointConfig(), state={}, config_yaml="")
-    except Exception as error:
-        return type(error).__name__, str(error)
-    finally:
-        engine.close()
-    return "", ""
-
-
-def killed_while_saving(world: Any, *, run_dir: str) -> list[tuple[int, list[str], bool]]:
-    """Kill a forked copy of this process at each flush to disk of a second save; return what was left each time.
-
-    One tuple per kill: which flush, the names of complete checkpoints, whether the newest of them is whole.
+    One of a step after the save, as the training program asks for it, and one of waiting for the save.
     """
     engine = _engine(world, 1)
-    config = CheckpointConfig(keep=2)
+    errors = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    saver = CheckpointSaver(engine, CheckpointConfig(), run_dir)
+    try:
+        saver.save(state={}, config_yaml="")
+        _train(engine, world, "all", range(1))
+        while saver.busy:
+            time.sleep(0.01)
+        for ask in (lambda: world.agree(saver.failure), saver.finish):
+            try:
+                ask()
+            except PretrainError as error:
+                errors.append((type(error).__name__, str(error)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        engine.close()
+    return errors
+
+
+def save_in_the_background(
+    world: Any, *, run_dir: str, stage: int, precision: str = "fp32", environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Save while two more steps are trained, with a copy that takes longer than they do; load into another engine.
+
+    Return the state when the save was called, at the end of the steps, and in the other engine, and the times.
+    """
+    os.environ.update(environment or {})
+    engine = _engine(world, stage, precision)
+    _train(engine, world, "all", range(2))
+    snapshot = _engine_tasks().snapshot
+    real = Snapshot.copy
+
+    def slow(self: Snapshot, *arguments: Any) -> None:
+        time.sleep(0.5)
+        real(self, *arguments)
+
+    config = CheckpointConfig(location=run_dir if run_dir.startswith("s3:") else "")
+    Snapshot.copy = slow  # type: ignore[method-assign]
+    try:
+        with CheckpointSaver(engine, config, run_dir) as saver:
+            saver.save(state={}, config_yaml="")
+            saved = snapshot(engine)
+            losses = _train(engine, world, "all", range(2, 4))
+            later = snapshot(engine)
+    finally:
+        Snapshot.copy = real  # type: ignore[method-assign]
+    engine.close()
+    loaded = load_and_go_on(world, run_dir=run_dir, stage=stage, precision=precision, case="all", more=2)
+    return {"saved": saved, "later": later, "losses": losses, "loaded": loaded, "times": saver.times[0]}
+
+
+def in_a_child(action: Callable[[], Any]) -> Any:
+    """Return `action()` of a forked copy of this process, None where it was killed.
+
+    A process that has used an object store cannot be forked into one that does, so those that do are all children.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.write(writing, json.dumps(action()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else None
+
+
+def killed_while_saving(
+    world: Any, *, run_dir: str, environment: dict[str, str] | None = None
+) -> list[tuple[int, list[int], bool]]:
+    """Kill a forked copy of this process at each moment that matters of a second save; return what was left each time.
+
+    The moments are the flushes to disk, or the requests to an object store, where a kill comes before or behind the
+    request. One tuple per kill: which one, the steps of complete checkpoints, whether the newest of them is whole.
+    """
+    os.environ.update(environment or {})
+    engine = _engine(world, 1)
+    remote = run_dir.startswith("s3:")
+    config = CheckpointConfig(keep=2, location=run_dir if remote else "")
+
+    def save() -> bool:
+        save_checkpoint(run_dir, engine, config, state={}, config_yaml="")
+        return True
+
+    def left() -> tuple[list[int], bool]:
+        folders = list_checkpoints(run_dir)
+        try:
+            read_checkpoint(folders[-1]).verify()
+        except PretrainError:
+            return [step_of(folder) for folder in folders], False
+        return [step_of(folder) for folder in folders], True
+
+    def save_and_die(number: int) -> bool:
+        (_kill_at_request if remote else _kill_at_flush)(number)
+        return save()
+
     _train(engine, world, "all", range(1))
-    save_checkpoint(run_dir, engine, config, state={}, config_yaml="")
+    assert in_a_child(save)
     _train(engine, world, "all", range(1, 2))
     outcomes = []
-    for flush_number in range(1, 100):
-        child = os.fork()
-        if child == 0:
-            _kill_at_flush(flush_number)
-            save_checkpoint(run_dir, engine, config, state={}, config_yaml="")
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        names = [folder.name for folder in list_checkpoints(run_dir)]
-        whole = True
-        try:
-            read_checkpoint(list_checkpoints(run_dir)[-1]).verify()
-        except PretrainError:
-            whole = False
-        outcomes.append((flush_number, names, whole))
-        if status == 0:
+    for number in range(1, 100):
+        done = in_a_child(partial(save_and_die, number))
+        steps, whole = in_a_child(left)
+        outcomes.append((number, steps, whole))
+        if done:
             break
     engine.close()
     return outcomes
+
+
+def _kill_at_request(number: int) -> None:
+    """Die before request (number + 1) // 2, or right behind it where `number` is even."""
+    count = 0
+    real = ObjectClient._repeat
+
+    def repeat(self: ObjectClient, done: str, key: str, request: Callable[[], Any]) -> Any:
+        nonlocal count
+        count += 1
+        if 2 * count - 1 == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer = real(self, done, key, request)
+        if 2 * count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    ObjectClient._repeat = repeat  # type: ignore[method-assign]
 
 
 def _kill_at_flush(number: int) -> None:
@@ -149,11 +248,18 @@ def _kill_at_flush(number: int) -> None:
         real(descriptor)
 
     os.fsync = flush
-    assert fragment_files.os.fsync is flush
 
 
-def run_spine(world: Any, *, config: str, overrides: Sequence[str], resume: bool) -> str:  # noqa: ARG001
+def run_spine(
+    world: Any,  # noqa: ARG001
+    *,
+    config: str,
+    overrides: Sequence[str],
+    resume: bool,
+    environment: dict[str, str] | None = None,
+) -> str:
     """Run the real training program on this rank inside the shared process group; return an error's text or ''."""
+    os.environ.update(environment or {})
     try:
         train(load_config(config, list(overrides)), resume=resume)
     except Exception as error:

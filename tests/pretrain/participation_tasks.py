@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.losses import LossSums
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.participation import announce
+from triweave.pretrain.world import AGREED, open_world
 from triweave.pretrain.zero import Engine
 
 
@@ -32,55 +34,65 @@ def _engine_tasks() -> ModuleType:
 
 
 class Disobedient(MultimodalTransformer):
-    """On rank 1, at its third forward, does one thing that it has not announced."""
+    """At its third forward does one thing that its rank has not announced; `target` is the tower it does it to."""
 
     fault = ""
+    target = ""
     calls = 0
 
-    def forward(self, batch: DeviceBatch, guards: Any = frozenset(), only: Any = None) -> LossSums:
-        assert only is None
+    def forward(self, batch: DeviceBatch, guards: Any = frozenset(), *others: Any) -> LossSums:
         self.calls += 1
-        if self.calls != 3:
-            return super().forward(batch, guards)
-        if self.fault == "forgets a guard":
-            return super().forward(batch, frozenset())
+        if self.calls != 3 or not self.fault:
+            return super().forward(batch, guards, *others)
+        tower, device = self.towers[self.target], torch.device("cpu")
+        payloads = {name: payload for name, payload in batch.payloads.items() if name != self.target}
+        without = dataclasses.replace(batch, payloads=payloads)
+        if self.fault == "forgets a tower":
+            return super().forward(without, guards - {self.target}, *others)
         if self.fault == "calls a tower twice":
-            self.towers["image"](*self.towers["image"].zero_payload(torch.device("cpu")))
+            tower(*tower.zero_payload(device))
         if self.fault == "calls an absent tower":
-            return super().forward(batch, frozenset({*guards, "audio"}))
+            return super().forward(batch, frozenset({*guards, self.target}), *others)
         if self.fault == "uses a weight past its tower":
-            sums = super().forward(batch, guards)
-            return sums._replace(total=sums.total + self.towers["audio"].project.bias.sum())
+            sums = super().forward(batch, guards, *others)
+            return sums._replace(total=sums.total + tower.project.bias.sum())
         if self.fault == "drops a tower's output":
-            self.towers["image"](*self.towers["image"].zero_payload(torch.device("cpu")))
-            return super().forward(dataclasses.replace(batch, payloads={}), frozenset())
-        return super().forward(batch, guards)
+            hook = tower.register_forward_hook(lambda module, arguments, output: output.detach())  # noqa: ARG005
+            sums = super().forward(batch, guards, *others)
+            hook.remove()
+            return sums
+        return super().forward(batch, guards, *others)
 
 
-def disobey(world: Any, *, stage: int, fault: str) -> tuple[int, str, float]:
-    """Train until the fault; return (steps that were taken, the error on this rank, seconds the faulty step took)."""
+def disobey(world: Any, *, stage: int, fault: str, tower: str, case: str, guilty: int = 1) -> tuple[int, str, float]:
+    """Train on a case of engine_tasks until a rank's third forward, which breaks the contract.
+
+    Every parameter is gathered where it is used at stage 3. Return (steps that were taken, the error on this rank,
+    seconds the faulty step took).
+    """
     tasks = _engine_tasks()
     model = tasks.build_model()
     model.__class__ = Disobedient
-    model.fault = fault if world.rank == 1 else ""
-    engine = Engine(model, tasks.config(stage), world, accumulation=1)
+    model.fault, model.target = fault if world.rank == guilty else "", tower
+    gathered = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
+    engine = Engine(model, tasks.config(stage, deepspeed=gathered), world, accumulation=1)
     for step in range(5):
         started = time.perf_counter()
-        rows = [("image",), ()] if world.rank == 0 or fault != "forgets a guard" else [(), ()]
         try:
-            engine.train_window([_batch(rows, seed=step)])
+            engine.train_window([tasks.micro_batch(case, step, world.rank, 0)])
         except Exception as error:
-            return engine.step, f"{type(error).__name__}: {error}", time.perf_counter() - started
+            shared = " (all ranks)" if AGREED in getattr(error, "__notes__", ()) else ""
+            return engine.step, f"{type(error).__name__}: {error}{shared}", time.perf_counter() - started
     return engine.step, "", 0.0
 
 
-def disobey_and_leave(world: Any, *, stage: int, fault: str, note: str) -> tuple[int, str, float]:
-    """Do as `disobey`; the rank at fault writes its error to a file and ends, as the program would."""
-    answer = disobey(world, stage=stage, fault=fault)
-    if world.rank == 1:
-        Path(note).write_text(answer[1])
-        os._exit(2)
-    return answer
+def disobey_and_leave(*, rank: int, ranks: int, port: int, folder: str, **arguments: Any) -> None:
+    """Be one rank of a world of its own: write what `disobey` returns to a file and end, as the program would."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    answer = disobey(open_world("cpu", torch_threads=1), **arguments)
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(answer))
+    os._exit(2)
 
 
 def announced(world: Any) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def announced(world: Any) -> dict[str, Any]:
     batches = [_batch(rows, seed=7 * world.rank + index) for index, rows in enumerate(contents)]
     if world.rank == 1:
         batches[1] = _with_segments(batches[1])
-    window = announce(world, ("image", "audio"), batches, data_wait_s=1.5 * world.rank)
+    window = announce(world, ("image", "audio"), batches, step=1, data_wait_s=1.5 * world.rank)
     return {
         "guards": [sorted(window.guards(world.rank, index)) for index in range(2)],
         "held": [sorted(window.held(world.rank, index)) for index in range(2)],
@@ -116,10 +128,26 @@ def _with_segments(batch: Any) -> Any:
 def unknown_modality(world: Any) -> str:
     """Rank 1 holds a modality without a tower; return this rank's error."""
     try:
-        announce(world, ("image",), [_batch([("audio",) if world.rank == 1 else (), ()], seed=1)])
+        announce(world, ("image",), [_batch([("audio",) if world.rank == 1 else (), ()], seed=1)], step=7)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def misaligned(world: Any, *, stage: int) -> list[str]:
+    """With absent_modality=align: a step all ranks hold alike, one nobody holds audio in, one rank 1 lacks image in."""
+    tasks = _engine_tasks()
+    engine = Engine(tasks.build_model(), tasks.config(stage, absent_modality="align"), world, accumulation=1)
+    said = []
+    for step, rows in enumerate(
+        [[("image", "audio"), ()], [("image",), ()], [("image",) if world.rank == 0 else (), ()]]
+    ):
+        try:
+            engine.train_window([_batch(rows, seed=step)])
+            said.append("")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def not_finite(world: Any, *, stage: int, where: str) -> tuple[int, str]:
@@ -143,3 +171,7 @@ def not_finite(world: Any, *, stage: int, where: str) -> tuple[int, str]:
 def _batch(rows: Any, *, seed: int) -> Any:
     tasks = _engine_tasks()
     return tasks._load_sibling("synthetic").make_batch(rows, length=48, seed=seed, features=tasks.FEATURES)
+
+
+if __name__ == "__main__":  # run by a fork server, which hands the arguments over as a global
+    disobey_and_leave(**globals()["JOB"])

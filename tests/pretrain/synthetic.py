@@ -46,6 +46,7 @@ class Document:
     """Parts in order; weight is the loss weight of its targets (0 as in a filler).
 
     alone: its parts are one-span segments. group_key: of all its segments. content_keys: of its parts, None: hashes.
+    labels: of the document.
     """
 
     parts: list[Part]
@@ -53,6 +54,7 @@ class Document:
     alone: bool = False
     group_key: int = 0
     content_keys: list[int] | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -76,6 +78,7 @@ class _Row:
     supervised: list[tuple[int, int, float, int]] = field(default_factory=list)
     segments: list[dict[str, Any]] = field(default_factory=list)
     alone: set[int] = field(default_factory=set)
+    labels: list[dict[str, Any]] = field(default_factory=list)
 
 
 def random_document(
@@ -186,12 +189,14 @@ def pack(
         sample_ids=[
             [
                 f"synthetic:{number}-{document}:0:{1 + max(row.document.count(document) - 1, 0)}"
+                + ":alone" * (document in row.alone)
                 for document in range(max(row.document, default=-1) + 1)
             ]
             for number, row in enumerate(packs)
         ],
         sample_hashes=[list(range(max(row.document, default=-1) + 1)) for row in packs],
         segments=_segments(packs, length),
+        labels=[row.labels for row in packs],
     )
 
 
@@ -216,6 +221,7 @@ def _fill(documents: Sequence[Document]) -> _Row:
             _add_segments(row, document, item)
             continue
         number = max(row.document, default=-1) + 1
+        row.labels.append(document.labels)
         start, clock, latest = len(row.tokens), 0, TEXT_ID
         parts: list[Part] = [[BOS], *document.parts, [EOS]]
         for part in parts:
@@ -238,6 +244,7 @@ def _add_segments(row: _Row, document: Document, item: int) -> None:
         number, start = max(row.document, default=-1) + 1, len(row.tokens)
         shown: list[Part] = [[BOS], part, [EOS]]
         row.alone.add(number)
+        row.labels.append(document.labels)
         clock = 0
         for piece in shown:
             for token in piece if isinstance(piece, list) else [2 * MODALITY_IDS[piece.modality] + 1]:

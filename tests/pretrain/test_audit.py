@@ -11,7 +11,7 @@ import pytest
 
 from triweave.launch.cli import main
 from triweave.pretrain.audit import audit
-from triweave.pretrain.consumed import begin_attempt
+from triweave.pretrain.consumed import begin_attempt, read_consumed
 
 Row = tuple[int, int, list[str]]
 """Step, plan row, ids."""
@@ -108,6 +108,24 @@ def test_each_damage_is_found_and_named(
 def test_the_same_sample_in_another_epoch_is_no_repetition(ledger: Callable[..., Path]) -> None:
     second = [(step + 2, row + 4, ids) for step, row, ids in rows_of(range(1, 3), epoch=1)]
     assert audit(ledger([*rows_of(range(1, 3)), *second])).exact
+
+
+def test_rows_that_health_left_out_are_skipped_and_neither_lost_nor_consumed(ledger: Callable[..., Path]) -> None:
+    """Attempt 1 is overtaken after step 3, its roll-back of step 5 with it; attempt 2 rolls step 6 back to 4."""
+    run = ledger(rows_of(range(1, 6)))
+    (run / "consumed" / "attempt-0001" / "roll_backs.jsonl").write_text('{"step": 5, "to": 1}\n')
+    ledger(rows_of(range(4, 8)), number=2, parent=1, resumed=3)
+    (run / "consumed" / "attempt-0002" / "roll_backs.jsonl").write_text('{"step": 6, "to": 4}\n{"step": 7, "t')
+    path = run / "consumed" / "attempt-0002" / "rank-00000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps(line | ({"skipped": "NaN"} if line["step"] == 6 else {})) + "\n" for line in lines)
+    )
+    rows = read_consumed(run)
+    assert {row.step: row.skipped for row in rows if row.skipped} == {5: "rolled back", 6: "NaN"}
+    found = audit(run)
+    assert found.exact, found.problems
+    assert (found.rows, found.steps, found.skipped, found.consumed) == (14, 7, 4, 2 * 10)
 
 
 def test_a_replay_with_other_tokens_is_found(ledger: Callable[..., Path]) -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from triweave.data_pipeline.batch import PackedBatch
 from triweave.kernels import attention_tiles, backends
 from triweave.kernels.errors import KernelUnavailableError
 from triweave.kernels.tiles import attention_tables
 from triweave.kernels.tuning import pinned
-from triweave.pretrain.batch import ATTENTION_TILES, DeviceBatch, DevicePayload, kernel_tables, to_device
+from triweave.pretrain.batch import ATTENTION_TILES, DeviceBatch, kernel_tables, to_device
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
 
@@ -18,15 +19,15 @@ from triweave.pretrain.model_config import ModelConfig
 def test_every_field_arrives_with_its_values_and_dtype(make_batch):
     batch = make_batch([("image", "audio"), None])
     moved = to_device(batch, "cpu")
-    for item in dataclasses.fields(DeviceBatch):
-        if item.name not in ("payloads", "tiles") and not item.name.startswith("segment_"):
-            array = getattr(batch, item.name)
-            assert getattr(moved, item.name).numpy().dtype == array.dtype
-            np.testing.assert_array_equal(getattr(moved, item.name).numpy(), array)
+    packed = {item.name for item in dataclasses.fields(PackedBatch)} - {"payloads", "media_lo", "media_hi"}
+    for name in packed & {item.name for item in dataclasses.fields(DeviceBatch)}:
+        array = getattr(batch, name)
+        assert getattr(moved, name).numpy().dtype == array.dtype
+        np.testing.assert_array_equal(getattr(moved, name).numpy(), array)
     assert list(moved.payloads) == list(batch.payloads)
     for name, payload in batch.payloads.items():
-        for item in dataclasses.fields(DevicePayload):
-            np.testing.assert_array_equal(getattr(moved.payloads[name], item.name).numpy(), getattr(payload, item.name))
+        for field in ("values", "lengths", "grids", "token_index"):
+            np.testing.assert_array_equal(getattr(moved.payloads[name], field).numpy(), getattr(payload, field))
 
 
 def test_the_positions_of_segments_are_theirs_one_after_the_other(synthetic):

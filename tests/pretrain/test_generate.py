@@ -19,7 +19,10 @@ from triweave.pretrain import kv_cache
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.config import RunConfig
 from triweave.pretrain.continuation import Continuation
+from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.evaluation import caption_nll
+from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.generate import Sampling, draw, generate
 from triweave.pretrain.generate_bench import bench_generate
 from triweave.pretrain.load import LoadedRun
@@ -28,6 +31,12 @@ from triweave.pretrain.model_config import ModelConfig
 
 CORPUS = Path(__file__).parents[1] / "data_pipeline" / "conftest.py"
 GEOMETRY = MediaGeometry(image_patch_px=8, image_max_tokens=12)
+FUSIONS = {
+    "immediate": {"fusion": FusionConfig(kind="cross")},
+    "preceding": {"fusion": FusionConfig(kind="cross", cross_every=1, scope="preceding")},
+    "resampled": {"fusion": FusionConfig(kind="cross", resampler_latents=3)},
+    "mmca": {"fusion": FusionConfig(kind="mmca")},
+}
 TAIL = "a small bird sits on a branch and sings"
 
 
@@ -58,6 +67,9 @@ def build(tokenizer):
         features = {name: modality.features(GEOMETRY) for name, modality in MODALITIES.items()}
         model = MultimodalTransformer(config.model, vocab_size=tokenizer.vocab_size, media_features=features, seed=1)
         model = model.eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.7)  # cross-attention starts closed
         return LoadedRun(config=config, model=model, tokenizer=tokenizer, step=0, run_dir=Path("none"))
 
     return build
@@ -89,8 +101,13 @@ def forced(run: LoadedRun, prompts, tokens: list[int], *, cache: bool) -> torch.
 
 @pytest.mark.parametrize(
     "options",
-    [{"attention": "reference"}, {"attention": "sdpa"}, {"softcap": 5.0, "tie_embeddings": True, "kv_heads": 4}],
-    ids=["reference", "sdpa", "softcap"],
+    [
+        {"attention": "reference"},
+        {"attention": "sdpa"},
+        {"softcap": 5.0, "tie_embeddings": True, "kv_heads": 4},
+        *FUSIONS.values(),
+    ],
+    ids=["reference", "sdpa", "softcap", *FUSIONS],
 )
 def test_cached_logits_are_those_of_the_packed_model_and_of_recomputation(build, prompts, options, monkeypatch):
     monkeypatch.setattr(kv_cache, "FIRST_SLOTS", 1)  # so that the slots have to grow
@@ -102,8 +119,26 @@ def test_cached_logits_are_those_of_the_packed_model_and_of_recomputation(build,
     for row, parts in enumerate(prompts):
         whole = packed(run, [[*parts, TAIL]])
         with torch.no_grad():
-            logits = run.model.logits(to_device(whole, "cpu"))[0, -len(tokens) - 1 :]
+            logits = run.model.logits(run.to_device(whole))[0, -len(tokens) - 1 :]
         torch.testing.assert_close(cached[:, row], logits, rtol=0, atol=1e-5)
+
+
+def test_prompts_go_through_encoders(build, prompts):
+    """Rows that end leave the encoders fewer items, without the tables that were made for all."""
+    sizes = {"width": 16, "layers": 1, "heads": 2, "merge": 2}
+    image = EncoderConfig(kind="vit", connector="perceiver", **sizes)
+    audio = EncoderConfig(kind="transformer", connector="pixel_shuffle", **sizes)
+    run = build(encoders={"image": image, "audio": audio})
+    results = {}
+    for cache in (True, False):
+        with torch.inference_mode():
+            continuation = Continuation(run.model, packed(run, prompts), cache=cache)
+            continuation.append(torch.full((5,), 7))
+            continuation.keep([0, 2])
+            continuation.append(torch.full((2,), 8))
+            results[cache] = continuation.logits
+    torch.testing.assert_close(results[True], results[False], rtol=0, atol=1e-5)
+    assert (forced(build(), prompts, [7, 8], cache=True)[1][[0, 2]] - results[True]).abs().max() > 0.1
 
 
 def test_the_cache_computes_one_position_a_step(build, prompts):
@@ -116,9 +151,10 @@ def test_the_cache_computes_one_position_a_step(build, prompts):
     assert widths[0] > 10
 
 
+@pytest.mark.parametrize("options", [{}, *FUSIONS.values()], ids=["sequence", *FUSIONS])
 @pytest.mark.parametrize("cache", [True, False])
-def test_rows_that_stay_do_not_notice_those_that_go(build, prompts, cache):
-    run = build()
+def test_rows_that_stay_do_not_notice_those_that_go(build, prompts, cache, options):
+    run = build(**options)
     with torch.inference_mode():
         alone = forced(run, [prompts[0], prompts[2]], [7, 8, 9], cache=cache)
         continuation = Continuation(run.model, packed(run, prompts), cache=cache)
@@ -249,3 +285,23 @@ def test_the_benchmark_times_the_same_tokens():
     assert times.tokens == 6
     assert times.cached_s > 0
     assert times.ratio == pytest.approx(times.recomputed_s / times.cached_s)
+
+
+@pytest.mark.parametrize("options", [FUSIONS["preceding"], FUSIONS["mmca"]], ids=["cross", "mmca"])
+def test_the_nats_of_a_text_are_those_of_its_own_row(build, prompts, options):
+    """Evaluation finds its states where the model reads them, not where the batch was packed."""
+    run = build(**options)
+    rows = [[*parts, TAIL] for parts in prompts]
+    nats, counts = caption_nll._row_nlls(run, packed(run, rows))
+    for place, row in enumerate(rows):
+        whole = packed(run, [row])
+        with torch.no_grad():
+            logits = run.model.logits(run.to_device(whole))[0]
+        tokens = torch.from_numpy(run.tokenizer.encode(TAIL).copy()).long()
+        wanted = torch.nn.functional.cross_entropy(logits[-len(tokens) - 1 : -1], tokens, reduction="none")
+        alone = caption_nll._row_nlls(run, whole)
+        assert counts[place] == alone[1][0] >= len(tokens)
+        assert nats[place] == pytest.approx(float(alone[0][0]), rel=1e-5)
+        assert nats[place] >= float(wanted.sum()) - 1e-3
+        if counts[place] == len(tokens):
+            assert nats[place] == pytest.approx(float(wanted.sum()), rel=1e-5)

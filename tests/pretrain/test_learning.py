@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from triweave.pretrain.batch import to_device
+from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
 
@@ -31,14 +32,30 @@ def which_tone(generator, synthetic):
     return synthetic.Document(parts=[sound, [FIRST_TONE + tone]])
 
 
-@pytest.mark.parametrize(
-    ("make", "steps", "first", "count"),
-    [(where_is_the_bright_patch, 120, FIRST_COLUMN, SIDE), (which_tone, 60, FIRST_TONE, TONES)],
-    ids=["image", "audio"],
-)
-def test_tokens_that_a_medium_determines_are_learned(synthetic, make, steps, first, count):
+ATTENTION = {"width": 32, "layers": 1, "heads": 2, "merge": 2}
+FRAMES = {"mel_bins": 5}
+ENCODERS = {
+    "image": {},
+    "vit": {"kind": "vit", **ATTENTION, "connector": "pixel_shuffle"},
+    "vit-perceiver": {"kind": "vit", **ATTENTION, "connector": "perceiver", "connector_layers": 1},
+    "cnn": {"kind": "cnn", "width": 32, "layers": 1},
+    "audio": {},
+    "transformer": {"kind": "transformer", **ATTENTION, **FRAMES, "connector": "pixel_shuffle"},
+    "conv": {"kind": "conv", "width": 32, "layers": 2, **FRAMES},
+    "mfcc": {"kind": "mfcc", **FRAMES, "coefficients": 5},
+}
+"""Options of the encoder of the one medium there is; the linear patches run always, the others are slow."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if not ENCODERS[n] else pytest.mark.slow) for n in ENCODERS])
+def test_tokens_that_a_medium_determines_are_learned(synthetic, name):
+    settings = EncoderConfig(**ENCODERS[name])
+    if name in ("image", "vit", "vit-perceiver", "cnn"):
+        modality, make, steps, first, count = "image", where_is_the_bright_patch, 120, FIRST_COLUMN, SIDE
+    else:
+        modality, make, steps, first, count = "audio", which_tone, 60, FIRST_TONE, TONES
     generator = np.random.default_rng(0)
-    config = ModelConfig(d_model=64, layers=1, heads=4, kv_heads=2, head_width=32)
+    config = ModelConfig(d_model=64, layers=1, heads=4, kv_heads=2, head_width=32, encoders={modality: settings})
     model = MultimodalTransformer(config, vocab_size=synthetic.VOCAB_SIZE, media_features=synthetic.FEATURES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
 

@@ -131,13 +131,13 @@ def test_shards_of_two_ranks_are_put_together(rank_pool, run_config, tmp_path, s
 
 
 def test_a_damaged_checkpoint_is_told_about_and_passed_over(run_dir):
-    flip(run_dir / "checkpoints" / "step-0000004" / "rank-00000.safetensors")
+    flip(run_dir / "checkpoints" / "step-0000004" / "rank-00000-000.safetensors")
     told: list[str] = []
     assert load_run(run_dir, tell=told.append).step == 2
-    assert "rank-00000.safetensors is damaged" in told[0]
-    with pytest.raises(CheckpointError, match=r"step-0000004.*rank-00000\.safetensors is damaged"):
+    assert "rank-00000-000.safetensors is damaged" in told[0]
+    with pytest.raises(CheckpointError, match=r"step-0000004.*rank-00000-000\.safetensors is damaged"):
         load_run(run_dir, step=4)
-    flip(run_dir / "checkpoints" / "step-0000002" / "config.yaml")
+    flip(run_dir / "checkpoints" / "step-0000002" / "manifest.json")
     with pytest.raises(CheckpointError, match="no whole checkpoint in"):
         load_run(run_dir, tell=told.append)
 

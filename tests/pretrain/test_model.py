@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from triweave.pretrain.batch import to_device
-from triweave.pretrain.embedders import EMBEDDERS, PatchEmbedder
+from triweave.pretrain.encoders.patch import PatchEmbedder
+from triweave.pretrain.encoders.registry import ENCODERS
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.losses import weight_by_modality
 from triweave.pretrain.model import MultimodalTransformer
@@ -261,7 +262,7 @@ def test_a_new_modality_is_one_registry_entry(build, make_batch, monkeypatch):
     class SensorEmbedder(PatchEmbedder):
         offset, scale = 0.0, 2.0
 
-    monkeypatch.setitem(EMBEDDERS, "sensor", SensorEmbedder)
+    monkeypatch.setitem(ENCODERS, "sensor", {"patch": SensorEmbedder})
     features = {"image": 12, "audio": 10, "sensor": 4}
     batch = make_batch([("sensor", "image"), ("audio",)], features=features)
     sums, grads = gradients(build(features=features), batch)
@@ -270,7 +271,7 @@ def test_a_new_modality_is_one_registry_entry(build, make_batch, monkeypatch):
 
 
 def test_unknown_modalities_are_refused_by_name(build, make_batch):
-    with pytest.raises(PretrainError, match="no embedder for modality 'smell'; known: image, audio"):
+    with pytest.raises(PretrainError, match="no encoder for modality 'smell'; known: image, audio"):
         build(features={"smell": 4})
     with pytest.raises(PretrainError, match="'audio' but the model has towers for image only"):
         build(features={"image": 12})(to_device(make_batch(), "cpu"))

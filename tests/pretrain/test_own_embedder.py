@@ -24,7 +24,8 @@ from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.data_pipeline.text.tokenizer import train_tokenizer
 from triweave.launch.cli import main
 from triweave.pretrain.batch import to_device
-from triweave.pretrain.embedders import EMBEDDERS, PatchEmbedder
+from triweave.pretrain.encoders.patch import PatchEmbedder
+from triweave.pretrain.encoders.registry import ENCODERS
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
 
@@ -57,7 +58,7 @@ SENSOR = Modality(
 def sensor_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Shards of readings that rise or fall, each followed by the word that says which."""
     monkeypatch.setitem(MODALITIES, "sensor", SENSOR)
-    monkeypatch.setitem(EMBEDDERS, "sensor", SensorEmbedder)
+    monkeypatch.setitem(ENCODERS, "sensor", {"patch": SensorEmbedder})
     lines = []
     for number in range(READINGS):
         values = (np.arange(16) * (1 if number % 2 else -1) * 10 + number).astype(np.int16)
@@ -139,9 +140,9 @@ def test_worker_processes_load_the_same_readings(sensor_config: DataConfig) -> N
 
 
 def test_a_batch_with_it_needs_its_embedder(sensor_config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(EMBEDDERS, "sensor")
+    monkeypatch.delitem(ENCODERS, "sensor")
     loader = loader_of(sensor_config)
-    with pytest.raises(Exception, match="no embedder for modality 'sensor'"):
+    with pytest.raises(Exception, match="no encoder for modality 'sensor'"):
         MultimodalTransformer(
             ModelConfig(d_model=32, layers=1, heads=2, kv_heads=2, head_width=16),
             vocab_size=loader.tokenizer.vocab_size,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import runpy
+import socket
 import time
 from pathlib import Path
 
@@ -52,42 +56,126 @@ def test_announcement_tells_every_rank_the_same(rank_pool):
 def test_a_modality_without_tower_is_refused_on_all_ranks(rank_pool):
     errors = rank_pool.pool(2).run(TASKS, "unknown_modality")
     assert errors[0] == errors[1]
-    assert errors[0].startswith("ParticipationError: rank 1 holds audio, the model has towers for image")
+    assert errors[0].startswith("ParticipationError: rank 1 holds audio at step 7, samples synthetic:0-0:")
+    assert "the model has towers for image;" in errors[0]
 
 
 FAULTS = {
-    "forgets a guard": "rank 1: module towers.image entered 0 times, announced 1",
-    "calls a tower twice": "rank 1: module towers.image entered 2 times, announced 1",
-    "calls an absent tower": "rank 1: module towers.audio entered 1 times, announced 0",
-    "uses a weight past its tower": "rank 1: module towers.audio.project.bias gets a gradient but was not announced",
-    "drops a tower's output": "rank 1: module towers.image.project.weight gets no gradient",
+    "forgets a tower": "rank {rank}: module towers.{tower} entered 0 times, announced 1",
+    "calls a tower twice": "rank {rank}: module towers.{tower} entered 2 times, announced 1",
+    "calls an absent tower": "rank {rank}: module towers.{tower} entered 1 times, announced 0",
+    "uses a weight past its tower": (
+        "rank {rank}: module towers.{tower}.project.bias gets a gradient but was not announced"
+    ),
+    "drops a tower's output": "rank {rank}: module towers.{tower}.project.weight gets no gradient",
 }
+LONE_GATHER = "rank {rank}: module towers.{tower}.project.bias is used outside of its tower, so this rank gathers alone"
+"""What using a weight past its tower is at stage 3, where the weight is sharded."""
+AT_ENTRY = ("forgets a tower", "calls a tower twice", "calls an absent tower", "uses a weight past its tower")
+"""Faults that are refused in the middle of the forward pass, where peers wait for gathers at stage 3."""
+BREACHES = [
+    ("all", "forgets a tower", "audio"),
+    ("all", "drops a tower's output", "image"),
+    ("text_only_ranks", "forgets a tower", "image"),
+    ("text_only_ranks", "calls a tower twice", "image"),
+    ("image_against_audio", "forgets a tower", "image"),
+    ("image_against_audio", "calls a tower twice", "image"),
+    ("image_against_audio", "drops a tower's output", "image"),
+    ("text_only", "calls an absent tower", "image"),
+    ("text_only", "uses a weight past its tower", "audio"),
+    ("nobody_has_audio", "forgets a tower", "image"),
+    ("nobody_has_audio", "calls an absent tower", "audio"),
+    ("nobody_has_audio", "uses a weight past its tower", "audio"),
+]
+"""(what ranks hold, fault, tower): every fault, and at least one in each of the five patterns, rank 1 being guilty."""
+QUICK = [("image_against_audio", "forgets a tower"), ("nobody_has_audio", "uses a weight past its tower")]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_breach_is_an_error_on_that_step_on_all_ranks(rank_pool, stage, fault):
+@pytest.mark.parametrize(
+    ("case", "fault", "tower", "stage"),
+    [
+        pytest.param(*breach, stage, marks=() if breach[:2] in QUICK and stage == 2 else pytest.mark.slow)
+        for stage in (0, 1, 2, 3)
+        for breach in BREACHES
+        if stage < 3 or breach[1] not in AT_ENTRY
+    ],
+)
+def test_a_breach_is_an_error_on_that_step_on_all_ranks(rank_pool, case, fault, tower, stage):
     """Both ranks raise within the step, naming rank, module, step and samples; without the checks they would hang."""
-    answers = rank_pool.pool(2).run(TASKS, "disobey", stage=stage, fault=fault)
+    answers = rank_pool.pool(2).run(TASKS, "disobey", stage=stage, fault=fault, tower=tower, case=case)
     for steps, error, seconds in answers:
         assert steps == 2
-        assert error.startswith(f"ParticipationError: {FAULTS[fault]}"), error
+        assert error.startswith(f"ParticipationError: {FAULTS[fault].format(rank=1, tower=tower)}"), error
         assert "at step 3, samples synthetic:0-0:" in error
-        assert seconds < 30
+        assert error.endswith("(all ranks)")
+        assert seconds < 60
+
+
+@pytest.fixture(scope="module")
+def start_rank():
+    """Start a process that has imported everything already; start_rank(**job) -> process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "triweave.pretrain.zero"])
+
+    def start(**job):
+        arguments = {"init_globals": {"JOB": job}, "run_name": "__main__"}
+        process = context.Process(target=runpy.run_path, args=(str(TASKS),), kwargs=arguments)
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["calls an absent tower", "calls a tower twice", "forgets a guard"])
-def test_a_breach_under_stage_3_ends_both_ranks(rank_pool, tmp_path, fault):
-    """Peers wait for gathers there: the rank at fault raises on that step, its end lets the other one go at once."""
-    note, ranks, started = tmp_path / "error", rank_pool.RankPool(2), time.monotonic()
-    with pytest.raises(rank_pool.RankError) as ended:
-        ranks.run(TASKS, "disobey_and_leave", stage=3, fault=fault, note=str(note))
-    ranks.close()
-    assert time.monotonic() - started < 60
-    assert "rank 1:\ndied in" in str(ended.value)
-    assert note.read_text().startswith(f"ParticipationError: {FAULTS[fault]}")
-    assert "at step 3, samples synthetic:" in note.read_text()
+@pytest.mark.parametrize(
+    ("case", "fault", "tower", "guilty", "ranks"),
+    [
+        ("all", "forgets a tower", "audio", 1, 2),
+        ("text_only_ranks", "calls a tower twice", "image", 1, 3),
+        ("image_against_audio", "forgets a tower", "image", 1, 2),
+        ("text_only", "calls an absent tower", "image", 1, 2),
+        ("text_only", "uses a weight past its tower", "audio", 1, 2),
+        ("nobody_has_audio", "forgets a tower", "image", 1, 2),
+        ("nobody_has_audio", "calls an absent tower", "audio", 0, 2),
+    ],
+)
+def test_a_breach_at_entry_under_stage_3_ends_all_ranks(start_rank, tmp_path, case, fault, tower, guilty, ranks):
+    """Peers wait for gathers there. The guilty rank raises on that step and ends; they find its message, but for rank
+    0's, whose store goes with it: they end at once as well, by torch's error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"ranks": ranks, "port": port, "folder": str(tmp_path), "stage": 3, "fault": fault, "tower": tower}
+    processes = [start_rank(rank=rank, case=case, guilty=guilty, **job) for rank in range(ranks)]
+    started = time.monotonic()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 2
+    message = LONE_GATHER if fault == "uses a weight past its tower" else FAULTS[fault]
+    expected = f"ParticipationError: {message.format(rank=guilty, tower=tower)}, at step 3, samples synthetic:"
+    for rank in range(ranks):
+        steps, error, seconds = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert steps == 2
+        assert seconds < 60
+        if rank == guilty or guilty:
+            assert error.startswith(expected), error
+            assert error.endswith("(all ranks)") == (rank != guilty)
+        else:
+            assert error.startswith("RuntimeError: ")
+            assert "peer" in error
+    assert time.monotonic() - started < 200
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_align_refuses_a_step_that_only_some_ranks_hold(rank_pool, stage):
+    """Alike on all ranks is trained, also where nobody has audio; the uneven step is an error before its forward."""
+    for said in rank_pool.pool(2).run(TASKS, "misaligned", stage=stage):
+        assert said[:2] == ["", ""]
+        assert said[2].startswith(
+            "ParticipationError: rank 1: module towers.image has nothing to do in micro-batch 0 at step 3, samples "
+            "synthetic:0-0:"
+        )
+        assert "train.absent_modality=skip" in said[2]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

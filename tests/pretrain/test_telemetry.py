@@ -10,6 +10,8 @@ import pytest
 from triweave.data_pipeline.stream.stalls import START_STEPS, STEPS_KEPT, StallMeter, StepLoad
 from triweave.kernels import backends
 from triweave.pretrain.contrastive_window import ContrastiveFigures
+from triweave.pretrain.objectives.balance import Decision
+from triweave.pretrain.objectives.window import TaskFigures
 from triweave.pretrain.participation import Window
 from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
 from triweave.pretrain.zero import StepResult
@@ -17,11 +19,16 @@ from triweave.pretrain.zero import StepResult
 LOAD = StepLoad(wait_s=0.25, queue_depth=0, stages_ms=[{"fetch": 200.0, "decode": 40.0}], counts={"samples": 8})
 
 
+LEARNT = {"language_model": TaskFigures(loss=2.3, count=8.0, weight=1.0)}
+
+
 def meter() -> StallMeter:
     return StallMeter(workers=0, remote=False)
 
 
-def result(step: int, contrastive: ContrastiveFigures | None = None) -> StepResult:
+def result(
+    step: int, contrastive: ContrastiveFigures | None = None, tasks: dict[str, TaskFigures] | None = None
+) -> StepResult:
     """A step of 0.5 s after a wait of 0.25 s: 6 text targets at 2 nats, 2 that follow a picture at 3; no audio."""
     weights, sums = np.zeros(8), [0.0] * 8
     weights[modality_slots()["text"]], weights[modality_slots()["image"]] = 6, 2
@@ -33,10 +40,13 @@ def result(step: int, contrastive: ContrastiveFigures | None = None) -> StepResu
         segments=np.array([[4]]),
         tokens=30,
         data_wait_s=0.25,
+        flops=6e9,
     )
     return StepResult(
         step=step, loss=2.3, cross_entropy=sums, grad_norm=1.5, lr=1e-3, step_s=0.5, window=window, objective=2.5,
-        contrastive=contrastive,
+        contrastive=contrastive, tasks=tasks or LEARNT,
+        several_tasks=tasks is not None,
+        decision=Decision(step=step, weights=dict.fromkeys(tasks or LEARNT, 1.0)),
     )  # fmt: skip
 
 
@@ -47,6 +57,9 @@ def test_figures_of_a_step():
     assert metrics["supervised_tokens"] == 8.0
     assert metrics["step_s"] == 0.75
     assert metrics["tokens_per_s"] == pytest.approx(40)
+    assert metrics["flops"] == 6e9
+    assert metrics["flops_per_s"] == pytest.approx(8e9)
+    assert "mfu" not in metrics  # no maker's figure for this processor
     assert metrics["data_wait_fraction"] == pytest.approx(1 / 3)
     assert metrics["absent_towers"] == ["audio"]
     assert metrics["memory_bytes"] > 10_000_000
@@ -62,6 +75,25 @@ def test_contrastive_figures_stand_only_where_there_are_any():
     }  # fmt: skip
     empty = step_metrics(result(4, ContrastiveFigures(loss=0.0, pairs=0, accuracy=0.0)))
     assert {name for name in empty if name not in plain} == {"objective", "contrastive_pairs"}
+
+
+def test_several_objectives_are_told_one_by_one(tmp_path):
+    """In metrics.jsonl without what they do not have, in TensorBoard by name; loss by modality where it was learnt."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    labels = TaskFigures(loss=1.5, count=4.0, weight=0.5, accuracy=0.25, log_variance=0.7)
+    metrics = step_metrics(result(4, tasks=LEARNT | {"classification": labels}))
+    assert metrics["objective"] == 2.5
+    assert metrics["tasks"] == {
+        "language_model": {"loss": 2.3, "count": 8.0, "weight": 1.0},
+        "classification": {"loss": 1.5, "count": 4.0, "weight": 0.5, "accuracy": 0.25, "log_variance": 0.7},
+    }
+    assert step_metrics(result(4, tasks={"classification": labels}))["loss_by_modality"] == {}
+    with Telemetry(tmp_path, rank=0, first_step=1, total_steps=9, every_steps=1, stalls=meter()) as telemetry:
+        telemetry.step(result(1, tasks=LEARNT | {"classification": labels}), LOAD)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("tasks/classification/accuracy")[0].value == 0.25
 
 
 def test_the_progress_line_and_tensorboard_have_the_contrastive_figures(tmp_path, capsys):

@@ -16,6 +16,7 @@ from triweave.kernels import backends
 from triweave.kernels.errors import KernelInputError
 from triweave.pretrain.batch import kernel_tables, to_device
 from triweave.pretrain.continuation import Continuation
+from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.model_config import ModelConfig
 from triweave.pretrain.train import main
@@ -59,6 +60,36 @@ def test_loss_and_gradients_are_those_of_the_reference(build, make_batch, monkey
     model = build(activation_checkpointing=recompute)
     tables = kernel_tables(model.config, CPU, torch.float32)
     assert (tables.tile_lists, tables.strips) == (True, False)
+    torch.testing.assert_close(step(model, batch, tables), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        FusionConfig(kind="cross", cross_every=1),
+        FusionConfig(kind="cross", cross_every=1, scope="preceding", resampler_latents=2, resampler_layers=1),
+        FusionConfig(kind="mmca"),
+    ],
+    ids=["cross", "resampled", "mmca"],
+)
+def test_every_fusion_is_that_of_the_reference(build, make_batch, monkeypatch, fusion):
+    batch = make_batch([("image", "audio")], length=40)
+
+    def fused() -> tuple[MultimodalTransformer, Any]:
+        model = build(fusion=fusion)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("gate"):
+                    parameter.fill_(0.7)
+        return model, kernel_tables(model.config, CPU, torch.float32)
+
+    model, tables = fused()
+    wanted = step(model, batch, tables)
+    monkeypatch.setenv(backends.OVERRIDE_VARIABLE, "triton")
+    model, tables = fused()
+    assert (tables.media_tile_lists, tables.media_strips) == (True, False)
     torch.testing.assert_close(step(model, batch, tables), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from triweave.data_pipeline.errors import DataError
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.world import LAUNCHER_VARIABLES, close_world, open_world
+from triweave.pretrain.world import LAUNCHER_VARIABLES, NOT_DETERMINISTIC, close_world, open_world
 
 THIS = Path(__file__)
 
@@ -51,6 +52,18 @@ def test_a_world_of_one_takes_its_environment_back() -> None:
     assert os.environ["RANK"] == "0"
     close_world()
     assert [name for name in ("RANK", *LAUNCHER_VARIABLES) if name in os.environ] == []
+
+
+def test_a_deterministic_world_refuses_what_can_differ_and_a_later_one_does_not():
+    values, places = torch.zeros(4), torch.tensor([1, 1])
+    try:
+        open_world("cpu", deterministic=True)
+        with pytest.raises(RuntimeError, match=NOT_DETERMINISTIC):
+            values.put_(places, torch.tensor([1.0, 2.0]))
+        open_world("cpu")
+        values.put_(places, torch.tensor([1.0, 2.0]))
+    finally:
+        close_world()
 
 
 LEAVER = """

@@ -169,4 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             for key, stored in found.items()
             if key.startswith(prefix) and "/" not in key[len(prefix) :]
         ]
+        below = {key[: key.index("/", len(prefix)) + 1] for key in found
+                 if key.startswith(prefix) and "/" in key[len(prefix) :]}  # fmt: skip
+        rows += [f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in sorted(below)]
         return f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(rows)}</ListBucketResult>"

@@ -144,6 +144,20 @@ def test_the_page_says_what_the_figures_are(page_text: str) -> None:
         assert words in text, words
 
 
+def test_objectives_have_plots_where_a_run_has_several(make_run: MakeRun, page_text: str) -> None:
+    folder = make_run()
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for entry in entries:
+        entry["tasks"] = {"language_model": {"loss": 2.0, "weight": 1.0}, "matching": {"loss": 0.6, "accuracy": 0.9}}
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    write_report([folder], folder / "report.html", tell=lambda _: None)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for title in ("Objectives, loss", "Objectives, accuracy", "Objectives, weight"):
+        assert title in page
+        assert title not in page_text
+
+
 def test_verdicts(make_run: MakeRun) -> None:
     folder = make_run()
 

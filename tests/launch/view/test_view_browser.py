@@ -168,6 +168,11 @@ def test_keys_count_from_each_other_before_the_address_has_changed(
     page.goto(f"{view_server.url}#documents/0/4")
     heading(page, "item/4")
     wait_for(page, "document.querySelectorAll('#list a').length === 40")
+    page.fill("#query", "nowhere-to-be-found")
+    wait_for(page, "document.querySelector('#status').innerText === 'Nothing found. 0 shown, 60 of 60 searched'")
+    page.fill("#query", "")
+    wait_for(page, "document.querySelectorAll('#list a').length === 40")
+    page.keyboard.press("Escape")
     press = "() => document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'j', bubbles: true }))"
     page.evaluate(f"() => {{ const press = {press}; press(); press(); press(); }}")
     heading(page, "item/7")

@@ -1,0 +1,96 @@
+"""What stands before the first step of a run: its checks, the checkpoint it goes on from, its attempt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from triweave.data_pipeline.storage.location import shown
+from triweave.data_pipeline.stream.loader import StepLoader
+from triweave.data_pipeline.stream.state import StreamState
+from triweave.pretrain.checkpoint import Checkpoint, checkpoint_root, list_checkpoints, newest_whole_checkpoint
+from triweave.pretrain.config import RunConfig, save_resolved
+from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attempt
+from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.health.heartbeat import Heartbeat
+from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.open_models.initial import start_from
+from triweave.pretrain.world import World
+
+
+def check_run(config: RunConfig, world: World, *, resume: bool) -> None:
+    """Raise PretrainError where the run cannot have so many ranks, or would overwrite another one."""
+    config.check_world(world.size)
+    root, before = config.checkpoint.root(config.run_dir), checkpoint_root(config.run_dir)
+    if before != root and list_checkpoints(config.run_dir):
+        raise PretrainError(
+            f"{config.run_dir} has its checkpoints in {shown(before)}, not in {shown(root)}; set checkpoint.location "
+            "to where they are, move them, or choose another run_dir"
+        )
+    if not resume and list_checkpoints(config.run_dir, config.checkpoint.location):
+        where = shown(root) if config.checkpoint.location else config.run_dir
+        raise PretrainError(f"{where} already has checkpoints; add --resume, or choose another run_dir")
+
+
+def open_heartbeat(config: RunConfig, world: World) -> Heartbeat:
+    """Begin to tell the supervisor what this rank does. Raises PretrainError where run_dir cannot be written."""
+    try:
+        return Heartbeat(config.run_dir, rank=world.rank, ranks=world.size, stall_s=config.health.stall_s)
+    except OSError as error:
+        raise _cannot_write(world, error) from error
+
+
+def find_checkpoint(config: RunConfig, world: World) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run, None where there is none; collective."""
+
+    def tell(message: str) -> None:
+        if world.rank == 0:
+            print(f"triweave train: {message}", file=sys.stderr, flush=True)
+
+    checkpoint = newest_whole_checkpoint(config.run_dir, world, location=config.checkpoint.location, tell=tell)
+    if checkpoint:
+        next_row = StreamState.from_json(checkpoint.state["stream"]).next_row
+        world.together(lambda: config.check_resume_row(next_row))
+    where = shown(checkpoint.folder) if checkpoint else config.run_dir
+    tell(f"resuming from {where}" if checkpoint else f"no checkpoint in {where}, starting anew")
+    return checkpoint
+
+
+def build_model(
+    config: RunConfig, world: World, loader: StepLoader, checkpoint: Checkpoint | None
+) -> MultimodalTransformer:
+    """Return the model with its first weights: drawn from the seed, then those of `init_from` unless it is resumed.
+
+    Raises PretrainError where the folder is not the model of the config.
+    """
+    model = MultimodalTransformer(
+        config.model, vocab_size=loader.tokenizer.vocab_size, media_features=loader.media_features, seed=config.seed
+    )
+    if config.init_from and checkpoint is None:
+        anew = start_from(model, config.model, config.init_from)
+        if world.rank == 0:
+            rest = f"; {len(anew)} parameters start anew, {anew[0]} the first" if anew else ""
+            folders = ", ".join(config.init_from.values())
+            print(f"triweave train: weights from {folders}{rest}", file=sys.stderr, flush=True)
+    return model
+
+
+def open_ledger(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> ConsumedLedger:
+    """Open the ledger of consumed samples; every rank writes to the attempt that rank 0 has numbered. Collective."""
+    attempt = int(world.gather([next_attempt(config.run_dir)])[0, 0])
+
+    def begin() -> ConsumedLedger:
+        try:
+            if world.rank == 0:
+                parent = int(checkpoint.state["attempt"]) if checkpoint else None
+                begin_attempt(config.run_dir, attempt, parent=parent, resumed_step=checkpoint.step if checkpoint else 0)
+                save_resolved(config, Path(config.run_dir) / "config.yaml")
+            return ConsumedLedger(config.run_dir, attempt, world.rank)
+        except OSError as error:
+            raise _cannot_write(world, error) from error
+
+    return world.together(begin)
+
+
+def _cannot_write(world: World, error: OSError) -> PretrainError:
+    return PretrainError(f"cannot write to run_dir on rank {world.rank}: {error}; choose another one")

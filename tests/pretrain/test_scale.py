@@ -1,0 +1,66 @@
+"""DeepSpeed's settings for models that do not fit: what they move elsewhere changes no bit of the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from spine_runs import metrics
+
+from triweave.launch.cli import main
+from triweave.pretrain.consumed import read_consumed
+
+TASKS = Path(__file__).with_name("engine_tasks.py")
+CPU = {"device": "cpu"}
+EVERYTHING = {"offload_optimizer": CPU, "offload_param": CPU}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (1, {"offload_optimizer": CPU}),
+        (2, {"offload_optimizer": CPU}),
+        (3, {"offload_optimizer": CPU}),
+        (3, EVERYTHING),
+        (3, {"zero_hpz_partition_size": 2}),
+    ],
+    ids=["optimizer-1", "optimizer-2", "optimizer-3", "everything-3", "hpz-3"],
+)
+def test_offloading_and_secondary_partitions_change_nothing(rank_pool, stage: int, settings: dict[str, Any]) -> None:
+    case = {"case": "nobody_has_audio", "zero_stage": stage, "accumulation": 2}
+    pool = rank_pool.pool(2)
+    plain = pool.run(TASKS, "train_case", **case)
+    moved = pool.run(TASKS, "train_case", **case, deepspeed={"zero_optimization": settings})
+    for wanted, found in zip(plain, moved, strict=True):
+        assert found["losses"] == wanted["losses"]
+        for one, other in zip(wanted["snapshots"], found["snapshots"], strict=True):
+            assert one["pieces"].keys() == other["pieces"].keys()
+            assert one["steps"] == other["steps"]
+            for name, values in one["pieces"].items():
+                np.testing.assert_array_equal(other["pieces"][name], values, err_msg=str(name))
+
+
+@pytest.mark.slow
+def test_an_offloaded_run_is_resumed(train, straight, tmp_path) -> None:
+    """Half of it with all state in host memory at ZeRO 3, the other half without, at ZeRO 1."""
+    offload = f"deepspeed={yaml.safe_dump({'zero_optimization': EVERYTHING}, default_flow_style=True).strip()}"
+    rest = "schedule.total_steps=20"
+    assert train(tmp_path, 2, "train.zero_stage=3", "train.steps=10", offload, rest) == ["", ""]
+    assert train(tmp_path, 2, "train.zero_stage=1", "train.steps=20", rest, resume=True) == ["", ""]
+    assert read_consumed(tmp_path)[-1].step == 20
+    for line, wanted in zip(metrics(tmp_path), metrics(straight), strict=True):
+        assert abs(line["loss"] - wanted["loss"]) <= 1e-6 * max(1, wanted["loss"]), line["step"]
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_files_are_no_place_for_state(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    section = {"zero_optimization": {key: {"device": "nvme", "nvme_path": "x"}}}
+    data = {"sources": [{"name": "a", "shards": "a"}], "tokenizer": "t"}
+    config.write_text(yaml.safe_dump({"run_dir": "run", "data": data, "deepspeed": section}))
+    assert main(["train", str(config)]) == 2
+    assert f"{key}.device is 'nvme'" in capsys.readouterr().err

@@ -103,6 +103,11 @@ class Window:
         """Towers that the optimizer leaves as they are."""
         return frozenset() if self.absent_modality == "guard" else self.absent
 
+    @property
+    def present(self) -> frozenset[str]:
+        """Towers that some rank calls in some micro-batch."""
+        return frozenset(self.towers) - self.absent
+
     def held(self, rank: int, micro_batch: int) -> frozenset[str]:
         """Towers a rank calls with real payloads in one micro-batch."""
         return frozenset(name for index, name in enumerate(self.towers) if self.calls[rank, micro_batch, index])
@@ -212,6 +217,12 @@ class TowerWatch:
         for name, tower in self._towers.items():
             tower.register_forward_pre_hook(self._entry_hook(name))
             tower.register_forward_hook(self._exit_hook(name), always_call=True)
+        # It runs before the towers: of a rank that calls one earlier every gather would meet another one of its peers.
+        first = getattr(model, "token_embedding", None)
+        self._begins = isinstance(first, nn.Module)
+        self._begun = False
+        if isinstance(first, nn.Module):
+            first.register_forward_pre_hook(self._begin)
         decoder = getattr(model, "decoder", None)  # what reads the towers: they must be done when it begins
         if isinstance(decoder, nn.Module):
             decoder.register_forward_pre_hook(self._refuse_forgotten)
@@ -225,6 +236,7 @@ class TowerWatch:
         """
         self._expected, self._where = expected, f"at step {step}, samples {name_samples(batch)}"
         self._entered.clear()
+        self._begun = False
         self._inside.clear()
         try:
             yield
@@ -271,6 +283,8 @@ class TowerWatch:
                 return
             if self._entered[name] > int(name in self._expected):
                 raise self._miscount(name, self._expected)
+            if self._begins and not self._begun:
+                raise self._violation(name, "entered before the token embedding, out of its turn")
             self._check_done(before=name)
             self._inside.add(name)
 
@@ -281,6 +295,9 @@ class TowerWatch:
             self._inside.discard(name)
 
         return leave
+
+    def _begin(self, module: nn.Module, arguments: Any) -> None:  # noqa: ARG002 - torch's hook signature
+        self._begun = True
 
     def _refuse_forgotten(self, module: nn.Module, arguments: Any) -> None:  # noqa: ARG002 - torch's hook signature
         if self._expected is not None:

@@ -42,6 +42,7 @@ OWNED_KEYS = {
 }
 """Key of the DeepSpeed dict -> the setting of ours that decides it."""
 
+OFFLOADS = ("offload_optimizer", "offload_param")
 LARGEST_BUCKET = 500_000_000
 """Elements of the communication buckets of a model that is at least that large, DeepSpeed's own default."""
 
@@ -137,9 +138,15 @@ def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -
     }
 
 
+def offloads(settings: dict[str, Any]) -> bool:
+    """Return whether a DeepSpeed dict keeps gradients or state in host memory."""
+    zero = settings["zero_optimization"]
+    return any((zero.get(key) or {}).get("device", "none") != "none" for key in OFFLOADS)
+
+
 def _check_offload(zero: dict[str, Any]) -> None:
     """Raise PretrainError for state that is kept where its fragments cannot be read: between steps it is in files."""
-    for key in ("offload_optimizer", "offload_param"):
+    for key in OFFLOADS:
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("cpu", "none"):
             raise PretrainError(

@@ -38,7 +38,7 @@ from triweave.pretrain.objectives.window import CONTRASTIVE, LANGUAGE_MODEL, Tas
 from triweave.pretrain.optimizer import TRUNK, build_adamw, freeze, group_parameters, tower_of
 from triweave.pretrain.participation import TowerWatch, Window, announce, name_samples
 from triweave.pretrain.schedule import learning_rate_factor
-from triweave.pretrain.train_config import deepspeed_config
+from triweave.pretrain.train_config import deepspeed_config, offloads
 from triweave.pretrain.world import World
 
 if TYPE_CHECKING:
@@ -122,6 +122,9 @@ class Engine:
         settings = deepspeed_config(
             config, accumulation=accumulation, parameters=sum(parameter.numel() for parameter in model.parameters())
         )
+        # A gradient in host memory begins anew with the first micro-batch and reaches the optimizer with the last one,
+        # for parameters that have one in these: towers that the step holds anywhere then take part in all.
+        self._offloads = offloads(settings)
         try:
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self.adamw, config=settings, dist_init_required=False
@@ -163,15 +166,7 @@ class Engine:
         accurate: set[str] = set()
         for index, batch in enumerate(micro_batches):
             found = self._forward(batch, window, index, tasks.only, tasks.factors)
-            # Not the model's output itself: DeepSpeed 0.19.8 divides its gradient by the accumulation, at stage 0.
-            objective = found.total * 1
-            if contrastive is not None:
-                if self.accumulation == 1 and contrastive.holds_segments:
-                    contrastive.solve([_pooled(found)[0]], _pooled(found)[1])
-                learns = contrastive.surrogate(found, index) * self.world.size
-                objective = objective + tasks.precision(found, CONTRASTIVE) * learns
-            objective = objective + tasks.once(found, contrastive.figures if contrastive else None, index)
-            self._deepspeed.backward(objective, scale_wrt_gas=False)
+            self._deepspeed.backward(self._minimised(found, tasks, contrastive, index), scale_wrt_gas=False)
             mine = [found.total.detach().view(1), _probe(found), found.per_modality, tasks.sums(found)]
             sums += torch.cat(mine).double()
             accurate |= set(found.hits)
@@ -264,6 +259,19 @@ class Engine:
             solver.solve(embeddings, calibration)
         return solver
 
+    def _minimised(
+        self, found: LossSums, tasks: TaskWindow, contrastive: ContrastiveWindow | None, index: int
+    ) -> torch.Tensor:
+        """Return what one micro-batch goes back from; summed over ranks and micro-batches, ranks x the objective."""
+        # Not the model's output itself: DeepSpeed 0.19.8 divides its gradient by the accumulation, at stage 0.
+        objective = found.total * 1
+        if contrastive is not None:
+            if self.accumulation == 1 and contrastive.holds_segments:
+                contrastive.solve([_pooled(found)[0]], _pooled(found)[1])
+            learns = contrastive.surrogate(found, index) * self.world.size
+            objective = objective + tasks.precision(found, CONTRASTIVE) * learns
+        return objective + tasks.once(found, contrastive.figures if contrastive else None, index)
+
     def _forward(
         self,
         batch: PackedBatch,
@@ -273,6 +281,8 @@ class Engine:
         factors: Mapping[str, float],
     ) -> LossSums:
         guards = window.guards(self.world.rank, index)
+        if self._offloads:
+            guards |= window.present - window.held(self.world.rank, index)
         if self._frozen_trunk:  # or a micro-batch of text would have nothing to go back to
             guards = frozenset(self.towers) - window.held(self.world.rank, index)
         expected = window.held(self.world.rank, index) | guards

@@ -16,7 +16,7 @@ from triweave.data_pipeline.stream import windows
 from triweave.data_pipeline.stream.loader import StepLoader
 from triweave.data_pipeline.stream.reader import ShardReader
 from triweave.data_pipeline.stream.stalls import START_STEPS, STEPS_KEPT, StallMeter, StepLoad
-from triweave.data_pipeline.text.tokenizer import Tokenizer
+from triweave.data_pipeline.text.tokenizer import SentencePieceTokenizer
 
 STEPS = 6
 CALL_S, BATCH_S = 0.02, 0.15
@@ -49,7 +49,7 @@ def slow_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     if stage == "storage":
         slow_down(monkeypatch, ShardReader, "read", CALL_S)
     elif stage == "tokenise":
-        slow_down(monkeypatch, Tokenizer, "encode", CALL_S)
+        slow_down(monkeypatch, SentencePieceTokenizer, "encode", CALL_S)
     elif stage == "decode":
         slow_down(monkeypatch, loader_module.PieceMaker, "_decoded", CALL_S)
     elif stage == "packing":

@@ -49,8 +49,10 @@ class Disobedient(MultimodalTransformer):
         without = dataclasses.replace(batch, payloads=payloads)
         if self.fault == "forgets a tower":
             return super().forward(without, guards - {self.target}, *others)
-        if self.fault == "calls a tower twice":
+        if self.fault == "calls a tower early":
             tower(*tower.zero_payload(device))
+        if self.fault == "calls a tower twice":
+            hook = tower.register_forward_hook(lambda module, arguments, output: (hook.remove(), module(*arguments))[1])  # noqa: ARG005
         if self.fault == "calls an absent tower":
             return super().forward(batch, frozenset({*guards, self.target}), *others)
         if self.fault == "uses a weight past its tower":

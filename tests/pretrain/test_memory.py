@@ -49,7 +49,7 @@ def test_bench_step_measures_the_spine_and_its_memory(run_config: Path, capsys: 
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert {"stage", "spine_over_bare", "data_wait_fraction", "bytes_per_param", "formula_bytes_per_param"} <= set(row)
     assert row["formula_bytes_per_param"] == 10
-    assert row["bytes_per_param"] == pytest.approx(10, rel=0.05)
+    assert row["bytes_per_param"] == pytest.approx(10, rel=0.1)
     assert row["spine_over_bare"] > 0
     assert row["fsdp2_over_bare"] > 0
     assert 0 <= row["data_wait_fraction"] < 1

@@ -15,6 +15,7 @@ from triweave.pretrain.consumed import read_consumed
 
 TASKS = Path(__file__).with_name("engine_tasks.py")
 CPU = {"device": "cpu"}
+OPTIMIZER = {"offload_optimizer": CPU}
 EVERYTHING = {"offload_optimizer": CPU, "offload_param": CPU}
 
 
@@ -22,9 +23,9 @@ EVERYTHING = {"offload_optimizer": CPU, "offload_param": CPU}
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        (1, {"offload_optimizer": CPU}),
-        (2, {"offload_optimizer": CPU}),
-        (3, {"offload_optimizer": CPU}),
+        (1, OPTIMIZER),
+        (2, OPTIMIZER),
+        (3, OPTIMIZER),
         (3, EVERYTHING),
         (3, {"zero_hpz_partition_size": 2}),
     ],
@@ -45,11 +46,12 @@ def test_offloading_and_secondary_partitions_change_nothing(rank_pool, stage: in
 
 
 @pytest.mark.slow
-def test_an_offloaded_run_is_resumed(train, straight, tmp_path) -> None:
-    """Half of it with all state in host memory at ZeRO 3, the other half without, at ZeRO 1."""
-    offload = f"deepspeed={yaml.safe_dump({'zero_optimization': EVERYTHING}, default_flow_style=True).strip()}"
+@pytest.mark.parametrize(("stage", "settings"), [(1, OPTIMIZER), (2, OPTIMIZER), (3, OPTIMIZER), (3, EVERYTHING)])
+def test_an_offloaded_run_is_resumed(train, straight, tmp_path, stage: int, settings: dict[str, Any]) -> None:
+    """Half of it with state in host memory, the other half without, at ZeRO 1; some towers miss last micro-batches."""
+    offload = f"deepspeed={yaml.safe_dump({'zero_optimization': settings}, default_flow_style=True).strip()}"
     rest = "schedule.total_steps=20"
-    assert train(tmp_path, 2, "train.zero_stage=3", "train.steps=10", offload, rest) == ["", ""]
+    assert train(tmp_path, 2, f"train.zero_stage={stage}", "train.steps=10", offload, rest) == ["", ""]
     assert train(tmp_path, 2, "train.zero_stage=1", "train.steps=20", rest, resume=True) == ["", ""]
     assert read_consumed(tmp_path)[-1].step == 20
     for line, wanted in zip(metrics(tmp_path), metrics(straight), strict=True):

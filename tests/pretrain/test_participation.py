@@ -150,7 +150,8 @@ def start_rank():
 )
 def test_a_breach_at_entry_under_stage_3_ends_all_ranks(start_rank, tmp_path, case, fault, tower, guilty, ranks):
     """Peers wait for gathers there. The guilty rank raises on that step and ends; they find its message, but for rank
-    0's, whose store goes with it: they end at once as well, by torch's error. So does a peer that only rank 0's end has freed."""
+    0's, whose store goes with it: they end at once as well, by torch's error. So does a peer that only rank 0's end
+    has freed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -9,6 +9,7 @@ N tokens of all items, M items, c positions a token, P = N c, W the encoder's wi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
@@ -72,7 +73,7 @@ class Items(NamedTuple):
         return (token.unsqueeze(1) * sizes + inner).view(1, -1, 3)
 
 
-class Tower(nn.Module):
+class Tower(nn.Module, ABC):
     """What the model calls for one modality.
 
     A subclass says what the numbers of its payload are and computes `forward`. Normalising happens in fp32, products
@@ -90,9 +91,9 @@ class Tower(nn.Module):
         super().__init__()
         self.features = features
 
+    @abstractmethod
     def forward(self, values: Tensor, lengths: Tensor, grids: Tensor, tiles: EncoderTiles = None) -> Tensor:
         """Return the embeddings [N, D] of payload rows `values` [N, features]; lengths [M], grids [M, 3]."""
-        raise NotImplementedError
 
     def normalise(self, values: Tensor) -> Tensor:
         """Return (values - offset) / scale, computed in fp32, in the weights' dtype."""

@@ -7,6 +7,7 @@ item, said as key intervals, and its place enters by rotation, so that any size 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -82,9 +83,9 @@ class EncoderTower(Tower):
         latents: Tensor = self.connector(states.unsqueeze(0), places[:, :: self.positions], places, seen, table)
         return latents
 
+    @abstractmethod
     def encode(self, values: Tensor, items: Items, tiles: EncoderTiles) -> Tensor:
         """Return the states [N c, W] of normalised rows [N, features], the c positions of a token together."""
-        raise NotImplementedError
 
     def places(self, items: Items) -> Tensor:
         """Return int [1, N c, 3], the place of every position in its item."""
@@ -109,9 +110,9 @@ class _AttentionTower(EncoderTower):
         states: Tensor = self.encoder(self.patches(values).unsqueeze(0), self.places(items), *seen, table)
         return states.squeeze(0)
 
+    @abstractmethod
     def patches(self, values: Tensor) -> Tensor:
         """Return the numbers of every position, [N c, features / c]."""
-        raise NotImplementedError
 
 
 class VisionTransformer(Pixels, _AttentionTower):

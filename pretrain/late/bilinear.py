@@ -20,6 +20,8 @@ modalities; the product over M is theirs for M = 2.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ SMOOTH = 1e-6
 """Under the square roots of MFB's two normalisations."""
 
 
-class Bilinear(nn.Module):
+class Bilinear(nn.Module, ABC):
     """What the four have in common: features by modality in, a product of M factors, [N, D] out."""
 
     def __init__(self, config: LateConfig, width: int) -> None:  # noqa: ARG002 - operators are made alike
@@ -42,9 +44,9 @@ class Bilinear(nn.Module):
         found = by_modality(parts, self.modalities)
         return self.fuse(found) * found.present.any(1, keepdim=True)
 
+    @abstractmethod
     def fuse(self, found: ModalityFeatures) -> Tensor:
         """Return [N, D] of values [N, M, D] and present [N, M]."""
-        raise NotImplementedError
 
 
 class FactorizedBilinear(Bilinear):

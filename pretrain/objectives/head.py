@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.losses import HeadSums
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """A head owns its parameters directly: under ZeRO-3 they are whole only in its own forward."""
 
     def forward(self, hidden: Tensor, batch: DeviceBatch, *, idle: bool = False) -> HeadSums:
@@ -21,9 +23,9 @@ class Head(nn.Module):
             return HeadSums.of(torch.stack([(parameter.float() * 0).sum() for parameter in self.parameters()]).sum())
         return self.sums(hidden, batch)
 
+    @abstractmethod
     def sums(self, hidden: Tensor, batch: DeviceBatch) -> HeadSums:
         """Return the unnormalised sums of a micro-batch; without rows 0, and gradients of exactly 0."""
-        raise NotImplementedError
 
 
 def mean_states(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:

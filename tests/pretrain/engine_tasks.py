@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from siblings import load_sibling
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig, SourceConfig
@@ -38,17 +36,6 @@ GOLDEN_CASE: dict[str, Any] = {"case": "image_against_audio", "ranks": 2, "accum
 GOLDEN_STEPS = 50
 
 Parameters = dict[str, np.ndarray]
-
-
-def _load_sibling(name: str) -> ModuleType:
-    key = f"triweave_test_{name}"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
 
 
 def _all(step: int, rank: int, micro: int) -> list[tuple[str, ...]]:  # noqa: ARG001
@@ -86,7 +73,7 @@ CASES: dict[str, Callable[[int, int, int], list[tuple[str, ...]]]] = {
 def micro_batch(case: str, step: int, rank: int, micro: int) -> PackedBatch:
     """Return one synthetic micro-batch of a case."""
     rows = CASES[case](step, rank, micro)
-    batch: PackedBatch = _load_sibling("synthetic").make_batch(
+    batch: PackedBatch = load_sibling("synthetic").make_batch(
         rows, length=48, seed=1000 * step + 10 * rank + micro, features=FEATURES
     )
     return batch
@@ -123,7 +110,7 @@ def config(
 def build_model() -> MultimodalTransformer:
     """Return the tiny model every engine test starts from."""
     return MultimodalTransformer(
-        MODEL, vocab_size=_load_sibling("synthetic").VOCAB_SIZE, media_features=FEATURES, seed=3
+        MODEL, vocab_size=load_sibling("synthetic").VOCAB_SIZE, media_features=FEATURES, seed=3
     )
 
 

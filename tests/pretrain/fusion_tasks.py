@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from siblings import load_sibling
 
 from triweave.pretrain.batch import kernel_tables
 from triweave.pretrain.fusion.config import FusionConfig
@@ -20,22 +18,10 @@ OPEN_GATE = 0.5
 """Gates start open here, else the attention behind them would learn nothing in the first step."""
 
 
-def engine_tasks() -> ModuleType:
-    """Return the module engine_tasks of this process."""
-    key = "triweave_test_engine_tasks"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name("engine_tasks.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 @contextmanager
 def fused(fusion: dict[str, Any]) -> Iterator[ModuleType]:
     """Make engine_tasks build models with a fusion and batches as their loader hands them over."""
-    engine = engine_tasks()
+    engine = load_sibling("engine_tasks")
     plain = engine.MODEL, engine.build_model, engine.micro_batch
     engine.MODEL = replace(engine.MODEL, fusion=FusionConfig(**fusion))
     tables = kernel_tables(engine.MODEL, torch.device("cpu"), torch.float32)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from siblings import load_sibling
 
 from triweave.pretrain.config import load_config
 from triweave.pretrain.health.settings import HealthConfig
@@ -20,17 +18,6 @@ BAD = 2
 """The step (0-based) that is bad."""
 
 
-def _engine_tasks() -> ModuleType:
-    key = "triweave_test_engine_tasks"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name("engine_tasks.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 def skip_a_step(
     world: Any, *, stage: int, fault: str, precision: str = "fp32", accumulation: int = 1
 ) -> dict[str, Any]:
@@ -39,7 +26,7 @@ def skip_a_step(
     fault: `loss` or `gradient` of rank 1 is not finite, `spike`: rank 1's gradient is a thousand times too large, or
     `left out`: nobody is given the third window at all.
     """
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     limits = HealthConfig(spike_deviations=50.0 if fault == "spike" else 0.0, spike_window=4)
     os.environ[NAN_AT_STEP] = f"{BAD + 1}:1" if fault == "loss" else ""
     engine = Engine(

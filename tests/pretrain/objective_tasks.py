@@ -5,15 +5,12 @@ A step is always the same 12 plan rows, whatever the ranks and the accumulation.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from siblings import load_sibling
 from torch.nn import functional
 
 from triweave.data_pipeline.batch import PackedBatch
@@ -44,18 +41,6 @@ ALL = {
     "regression": 0.4,
 }
 THREE = {"language_model": 1.0, "contrastive": 0.7, "classification": 0.5}
-
-
-def load_sibling(name: str) -> ModuleType:
-    """Import a module of this folder by its path, as the rank processes do."""
-    key = f"triweave_test_{name}"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
 
 
 def documents(step: int, row: int) -> list[Any]:

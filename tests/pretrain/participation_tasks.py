@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from siblings import load_sibling
 
 from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.losses import LossSums
@@ -20,17 +18,6 @@ from triweave.pretrain.model import MultimodalTransformer
 from triweave.pretrain.participation import announce
 from triweave.pretrain.world import AGREED, open_world
 from triweave.pretrain.zero import Engine
-
-
-def _engine_tasks() -> ModuleType:
-    key = "triweave_test_engine_tasks"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name("engine_tasks.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
 
 
 class Disobedient(MultimodalTransformer):
@@ -72,7 +59,7 @@ def disobey(world: Any, *, stage: int, fault: str, tower: str, case: str, guilty
     Every parameter is gathered where it is used at stage 3. Return (steps that were taken, the error on this rank,
     seconds the faulty step took).
     """
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     model = tasks.build_model()
     model.__class__ = Disobedient
     model.fault, model.target = fault if world.rank == guilty else "", tower
@@ -121,7 +108,7 @@ def announced(world: Any) -> dict[str, Any]:
 
 def _with_segments(batch: Any) -> Any:
     """Return a batch with the same payload names and three segments that take part among five."""
-    synthetic = _engine_tasks()._load_sibling("synthetic")
+    synthetic = load_sibling("synthetic")
     item = synthetic.Document(parts=[[20], [21]], alone=True)
     single, filler = synthetic.Document(parts=[[20]], alone=True), synthetic.with_weight([item], 0.0)[0]
     return dataclasses.replace(synthetic.pack([[item, filler], [single]], 48), payloads=batch.payloads)
@@ -138,7 +125,7 @@ def unknown_modality(world: Any) -> str:
 
 def misaligned(world: Any, *, stage: int) -> list[str]:
     """With absent_modality=align: a step all ranks hold alike, one nobody holds audio in, one rank 1 lacks image in."""
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     engine = Engine(tasks.build_model(), tasks.config(stage, absent_modality="align"), world, accumulation=1)
     said = []
     for step, rows in enumerate(
@@ -154,7 +141,7 @@ def misaligned(world: Any, *, stage: int) -> list[str]:
 
 def not_finite(world: Any, *, stage: int, where: str) -> tuple[int, str]:
     """Poison rank 1's third step; return (steps that were taken, the error on this rank)."""
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     engine = Engine(tasks.build_model(), tasks.config(stage), world, accumulation=1)
     for step in range(5):
         batch = _batch([("audio",), ("image",)], seed=step)
@@ -171,8 +158,8 @@ def not_finite(world: Any, *, stage: int, where: str) -> tuple[int, str]:
 
 
 def _batch(rows: Any, *, seed: int) -> Any:
-    tasks = _engine_tasks()
-    return tasks._load_sibling("synthetic").make_batch(rows, length=48, seed=seed, features=tasks.FEATURES)
+    tasks = load_sibling("engine_tasks")
+    return load_sibling("synthetic").make_batch(rows, length=48, seed=seed, features=tasks.FEATURES)
 
 
 if __name__ == "__main__":  # run by a fork server, which hands the arguments over as a global

@@ -113,7 +113,7 @@ def entry() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes there once more at its end
         code = 128 + signal.SIGPIPE
-    world = sys.modules.get("triweave.pretrain.world")
+    world = sys.modules.get("triweave.pretrain.engine.world")
     if world is not None:
         world.leave(code)
     sys.exit(code)

@@ -47,7 +47,7 @@ def train_variant(
     from triweave.launch.machine import free_port
     from triweave.launch.preflight import check_run
     from triweave.launch.processes import run_to_end
-    from triweave.pretrain.checkpoint import newest_checkpoint
+    from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
 
     run_dir = Path(config.run_dir)
     request = _write_request(config, run_dir)

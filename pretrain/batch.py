@@ -18,7 +18,7 @@ from triweave.kernels.tuning import pinned
 from triweave.pretrain.encoders.tables import ItemTables, heads_config, readers
 from triweave.pretrain.fusion.arrangement import MediaAxis, for_cross, for_mmca
 from triweave.pretrain.fusion.config import FusionConfig
-from triweave.pretrain.model_config import LayoutConfig, ModelConfig
+from triweave.pretrain.model.config import LayoutConfig, ModelConfig
 
 ENCODER_TILES = "encoder_tiles"
 """Key of PackedBatch.extra under which `KernelTables` leaves those of the encoders, by modality and reader."""

@@ -22,11 +22,14 @@ import yaml
 
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import DataError
-from triweave.pretrain.checkpoint import CheckpointConfig
+from triweave.pretrain.checkpoints.checkpoint import CheckpointConfig
 from triweave.pretrain.encoders.config import check_encoders
+from triweave.pretrain.engine.config import TrainConfig, deepspeed_config
+from triweave.pretrain.engine.optimizer import OptimizerConfig
+from triweave.pretrain.engine.schedule import ScheduleConfig
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.health.settings import HealthConfig
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.config import (
     SEGMENT_OBJECTIVES,
     ClassificationConfig,
@@ -34,9 +37,6 @@ from triweave.pretrain.objectives.config import (
     TasksConfig,
 )
 from triweave.pretrain.open_models.config import INIT_PARTS, check_open_encoders
-from triweave.pretrain.optimizer import OptimizerConfig
-from triweave.pretrain.schedule import ScheduleConfig
-from triweave.pretrain.train_config import TrainConfig, deepspeed_config
 
 SEED_LIMIT = 2**63
 

@@ -8,14 +8,19 @@ from pathlib import Path
 from triweave.data_pipeline.storage.location import shown
 from triweave.data_pipeline.stream.loader import StepLoader
 from triweave.data_pipeline.stream.state import StreamState
-from triweave.pretrain.checkpoint import Checkpoint, checkpoint_root, list_checkpoints, newest_whole_checkpoint
+from triweave.pretrain.checkpoints.checkpoint import (
+    Checkpoint,
+    checkpoint_root,
+    list_checkpoints,
+    newest_whole_checkpoint,
+)
 from triweave.pretrain.config import RunConfig, save_resolved
-from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attempt
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.health.heartbeat import Heartbeat
-from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.ledger.consumed import ConsumedLedger, begin_attempt, next_attempt
+from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.open_models.initial import start_from
-from triweave.pretrain.world import World
 
 
 def check_run(config: RunConfig, world: World, *, resume: bool) -> None:

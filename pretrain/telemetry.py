@@ -27,8 +27,8 @@ from triweave.data_pipeline.stream.stalls import StallMeter, StepLoad
 from triweave.kernels.backends import choices
 from triweave.kernels.roofline.chips import chip_of_device, peaks
 from triweave.pretrain.checkpoints.saver import SaveTimes
+from triweave.pretrain.engine.zero import StepResult
 from triweave.pretrain.objectives.window import LANGUAGE_MODEL
-from triweave.pretrain.zero import StepResult
 
 METRICS = "metrics.jsonl"
 

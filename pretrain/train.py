@@ -25,16 +25,9 @@ from triweave.data_pipeline.stream.stalls import StallMeter
 from triweave.data_pipeline.stream.state import StreamState
 from triweave.kernels.errors import KernelError
 from triweave.pretrain.batch import kernel_tables
-from triweave.pretrain.checkpoint import Checkpoint, CheckpointSaver
+from triweave.pretrain.checkpoints.checkpoint import Checkpoint, CheckpointSaver
 from triweave.pretrain.config import RunConfig, load_config, to_yaml
-from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.health.heartbeat import Heartbeat, mark_phase
-from triweave.pretrain.health.recovery import ends_noted, note_stop, recover
-from triweave.pretrain.health.signals import REQUEUE, catch_stop_signals, fail_if_asked, poison_if_asked
-from triweave.pretrain.objectives.rows import objective_stages
-from triweave.pretrain.start import build_model, check_run, find_checkpoint, open_heartbeat, open_ledger
-from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.world import (
+from triweave.pretrain.engine.world import (
     AGREED,
     ALONE,
     NOT_DETERMINISTIC,
@@ -44,7 +37,14 @@ from triweave.pretrain.world import (
     open_world,
     world_is_open,
 )
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.engine.zero import Engine
+from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.health.heartbeat import Heartbeat, mark_phase
+from triweave.pretrain.health.recovery import ends_noted, note_stop, recover
+from triweave.pretrain.health.signals import REQUEUE, catch_stop_signals, fail_if_asked, poison_if_asked
+from triweave.pretrain.objectives.rows import objective_stages
+from triweave.pretrain.start import build_model, check_run, find_checkpoint, open_heartbeat, open_ledger
+from triweave.pretrain.telemetry import Telemetry
 
 USER_ERRORS = (PretrainError, DataError, KernelError)
 

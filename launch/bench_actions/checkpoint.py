@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     from rich.console import Console
 
-    from triweave.pretrain.checkpoints.bench import bench_checkpoint
+    from triweave.pretrain.bench.checkpoint import bench_checkpoint
 
     with Console(stderr=True).status("starting") as status:
         cost = bench_checkpoint(

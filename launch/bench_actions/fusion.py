@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from triweave.data_pipeline.shards.manifest import write_atomically
-    from triweave.pretrain.fusion_bench.bench import bench_fusion, markdown, select_contenders
-    from triweave.pretrain.fusion_bench.task import read_task
-    from triweave.pretrain.fusion_bench.training import Budget
+    from triweave.pretrain.bench.fusion.bench import bench_fusion, markdown, select_contenders
+    from triweave.pretrain.bench.fusion.task import read_task
+    from triweave.pretrain.bench.fusion.training import Budget
 
     torch.set_num_threads(arguments.threads)
     chosen = select_contenders([name.strip() for name in arguments.only.split(",") if name.strip()])

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from triweave.pretrain.generate_bench import bench_generate
+    from triweave.pretrain.bench.generate import bench_generate
 
     torch.set_num_threads(max(1, arguments.threads))
     with Console(stderr=True).status("starting") as status:

@@ -83,7 +83,7 @@ def _step_figures(arguments: argparse.Namespace, stage: int) -> dict[str, Any]:
             "repeats": arguments.repeats,
         }
         request.write_text(json.dumps(content), encoding="utf-8")
-        _ranks(arguments.num_ranks, "triweave.pretrain.step_bench", str(request))
+        _ranks(arguments.num_ranks, "triweave.pretrain.bench.step", str(request))
         figures: dict[str, Any] = json.loads(request.with_suffix(".figures").read_bytes())
         return figures
 

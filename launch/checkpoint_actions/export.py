@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     import sys
 
     from triweave.launch.errors import LaunchError
-    from triweave.pretrain.checkpoint import find_whole_checkpoint
+    from triweave.pretrain.checkpoints.checkpoint import find_whole_checkpoint
     from triweave.pretrain.checkpoints.export import export_weights
 
     if not arguments.shard_gb > 0:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _to_transformers(arguments: argparse.Namespace, tell: Callable[[str], None]) -> int:
     from triweave.data_pipeline.errors import ExportError
     from triweave.data_pipeline.new_folder import new_folder
-    from triweave.pretrain.load import load_run
+    from triweave.pretrain.checkpoints.load import load_run
     from triweave.pretrain.open_models.export import export_run
 
     loaded = load_run(arguments.run, step=arguments.step, tell=tell)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """List; return 1 where a manifest is damaged."""
     from triweave.data_pipeline.storage.location import shown
-    from triweave.pretrain.checkpoint import existing_checkpoints, read_checkpoint, step_of
+    from triweave.pretrain.checkpoints.checkpoint import existing_checkpoints, read_checkpoint, step_of
     from triweave.pretrain.errors import CheckpointError
 
     rows, damaged = [], False

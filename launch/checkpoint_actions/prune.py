@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prune and say what went."""
     from triweave.launch.errors import LaunchError
-    from triweave.pretrain.checkpoint import checkpoint_root, existing_checkpoints, step_of
+    from triweave.pretrain.checkpoints.checkpoint import checkpoint_root, existing_checkpoints, step_of
     from triweave.pretrain.checkpoints.retention import kept_steps
     from triweave.pretrain.checkpoints.stores import open_store
 

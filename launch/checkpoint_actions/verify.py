@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify, and print one line a checkpoint."""
-    from triweave.pretrain.checkpoint import existing_checkpoints, read_checkpoint, step_of
+    from triweave.pretrain.checkpoints.checkpoint import existing_checkpoints, read_checkpoint, step_of
     from triweave.pretrain.errors import CheckpointError
 
     rows: list[dict[str, Any]] = []

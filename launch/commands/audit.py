@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit and print."""
-    from triweave.pretrain.audit import audit
+    from triweave.pretrain.ledger.audit import audit
 
     found = audit(arguments.run, arguments.same_as)
     if arguments.json:

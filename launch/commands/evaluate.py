@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from triweave.launch.errors import LaunchError
 
 if TYPE_CHECKING:
-    from triweave.pretrain.load import LoadedRun
+    from triweave.pretrain.checkpoints.load import LoadedRun
 
 RESULT_NAME = "evaluation.json"
 MOST_FOLDS = 20
@@ -134,7 +134,7 @@ def train(arguments: argparse.Namespace, config: Any) -> Path:
 
 def load(arguments: argparse.Namespace, run_dir: Path, step: int | None) -> LoadedRun:
     """Load a run's model."""
-    from triweave.pretrain.load import load_run
+    from triweave.pretrain.checkpoints.load import load_run
 
     return load_run(run_dir, step=step, device=arguments.device, tell=tell)
 

@@ -24,8 +24,8 @@ from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.prompt import PromptPart, read_media, read_prompts
 
 if TYPE_CHECKING:
-    from triweave.pretrain.generate import Generation
-    from triweave.pretrain.load import LoadedRun
+    from triweave.pretrain.checkpoints.load import LoadedRun
+    from triweave.pretrain.generation.generate import Generation
 
 
 class _AddMedia(argparse.Action):
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the prompts, load the model, go on, print."""
     prompts = _prompts(arguments)
-    from triweave.pretrain.generate import generate
-    from triweave.pretrain.load import load_run
+    from triweave.pretrain.checkpoints.load import load_run
+    from triweave.pretrain.generation.generate import generate
 
     loaded = load_run(arguments.run, step=arguments.step, device=arguments.device)
     results = generate(

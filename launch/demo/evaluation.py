@@ -16,8 +16,8 @@ Update = Callable[[float, float | None, str], None]
 
 def evaluate(run_dir: Path, update: Update) -> dict[str, Any]:
     """Evaluate the run's last checkpoint, write RUN/evaluation.json, return the figures of result.json."""
+    from triweave.pretrain.checkpoints.load import load_run
     from triweave.pretrain.evaluation.evaluate import evaluate_run
-    from triweave.pretrain.load import load_run
 
     tell = telling(update)
     evaluation = evaluate_run(load_run(run_dir, tell=tell), tell=tell)

@@ -155,9 +155,9 @@ def _train(
 
 def _evaluate(folders: dict[str, Path], update: evaluation.Update) -> dict[str, Any]:
     """Evaluate every run, write its evaluation.json, and return the figures over the seeds."""
+    from triweave.pretrain.checkpoints.load import load_run
     from triweave.pretrain.evaluation.evaluate import Evaluation
     from triweave.pretrain.evaluation.pool import pool_seeds
-    from triweave.pretrain.load import load_run
 
     tell = evaluation.telling(update)
     loaded = {name: load_run(folder, tell=tell) for name, folder in folders.items()}

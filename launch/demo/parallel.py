@@ -33,7 +33,7 @@ def train_side_by_side(configs: Mapping[str, Path], *, steps: int, at_once: int,
 
     Raises DemoError where one fails (the others are ended), KeyboardInterrupt where the user stops it.
     """
-    from triweave.pretrain.checkpoint import newest_checkpoint
+    from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
     from triweave.pretrain.config import load_config
 
     folders = {name: Path(load_config(path).run_dir) for name, path in configs.items()}

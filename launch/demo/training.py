@@ -45,7 +45,7 @@ class DemoTraining:
 
     def train_until_killed(self, ranks: int) -> dict[str, Any]:
         """Train until a rank is killed; return the losses that were logged before."""
-        from triweave.pretrain.checkpoint import newest_checkpoint
+        from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
 
         outcome = self._launch(ranks, kill_after_step=self.kill_step)
         if outcome.exit_code != KILLED:
@@ -80,7 +80,7 @@ class DemoTraining:
         from triweave.data_pipeline.media.modalities import MODALITIES
         from triweave.data_pipeline.stream.plan import Planner
         from triweave.launch.demo.unigram import state_after, unigram_losses
-        from triweave.pretrain.model import MultimodalTransformer
+        from triweave.pretrain.model.model import MultimodalTransformer
 
         config, metrics = self.config, read_metrics(self.run_dir)
         steps, rows = config.train.steps, config.train.global_batch_rows

@@ -21,7 +21,7 @@ from triweave.launch.report.wording import readable
 from triweave.pretrain.errors import PretrainError
 
 if TYPE_CHECKING:
-    from triweave.pretrain.load import LoadedRun
+    from triweave.pretrain.checkpoints.load import LoadedRun
 
 CACHE_NAME = "report_samples.json"
 CACHE_VERSION = 1
@@ -56,8 +56,8 @@ def run_samples(run: ReportRun, pictures: int, *, tell: Callable[[str], None]) -
 
     tell: called with a line before work that takes seconds.
     """
-    from triweave.pretrain.checkpoint import newest_checkpoint
-    from triweave.pretrain.load import load_run
+    from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
+    from triweave.pretrain.checkpoints.load import load_run
 
     counts = {"image": pictures, "audio": (pictures + 1) // 2}
     if not pictures:
@@ -83,7 +83,7 @@ def run_samples(run: ReportRun, pictures: int, *, tell: Callable[[str], None]) -
 def _captioned(loaded: LoadedRun, chosen: list[ChosenSample]) -> list[Sample]:
     from triweave.data_pipeline.media.modalities import MODALITIES
     from triweave.data_pipeline.stream.prompt import PromptMedia
-    from triweave.pretrain.generate import generate
+    from triweave.pretrain.generation.generate import generate
 
     if not chosen:
         return []

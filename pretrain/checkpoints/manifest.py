@@ -23,7 +23,7 @@ from triweave.pretrain.checkpoints.stores import MANIFEST, read_manifest
 from triweave.pretrain.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
 FORMAT = 2
 RANK_LIMIT = 1 << 20

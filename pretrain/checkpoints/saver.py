@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from triweave.data_pipeline.storage.location import shown
+from triweave.pretrain.bench.checkpoint_peers import Peers
 from triweave.pretrain.checkpoints.blocks import block_digests
 from triweave.pretrain.checkpoints.config import CheckpointConfig
+from triweave.pretrain.checkpoints.fragments import Fragment
 from triweave.pretrain.checkpoints.manifest import FORMAT, seal
-from triweave.pretrain.checkpoints.peers import Peers
 from triweave.pretrain.checkpoints.retention import prune
 from triweave.pretrain.checkpoints.snapshot import Snapshot, rng_states
 from triweave.pretrain.checkpoints.stores import open_store
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import CheckpointError
-from triweave.pretrain.fragments import Fragment
-from triweave.pretrain.world import World
 
 if TYPE_CHECKING:
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
 DYING_WAIT_S = 30.0
 """How long a rank that ends in an error of its own waits for its save, which may wait for ranks that are gone."""

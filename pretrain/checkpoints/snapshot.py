@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from triweave.pretrain.fragments import KINDS, Fragment
+from triweave.pretrain.checkpoints.fragments import KINDS, Fragment
 
 FILE_BYTES = 256 << 20
 PAGE_BYTES = 4096

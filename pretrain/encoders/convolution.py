@@ -19,8 +19,8 @@ from torch.nn import functional
 from triweave.pretrain.encoders.config import COLOURS, EncoderConfig
 from triweave.pretrain.encoders.tower import EncoderTiles, Items, LogMel, Pixels, cut_squares
 from triweave.pretrain.encoders.transformer import EncoderTower
-from triweave.pretrain.layers import RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.layers import RMSNorm
 
 
 class PixelNorm(RMSNorm):

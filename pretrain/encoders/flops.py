@@ -10,7 +10,7 @@ import numpy.typing as npt
 from triweave.pretrain.encoders.config import COLOURS, EncoderConfig
 from triweave.pretrain.encoders.mfcc import DERIVATIVES
 from triweave.pretrain.encoders.transformer_config import sections_of, transformer_config
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 class TowerFlops(NamedTuple):

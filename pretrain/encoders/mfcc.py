@@ -14,10 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from triweave.pretrain.connectors import project
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.tower import EncoderTiles, Items, LogMel
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.connectors import project
 
 DERIVATIVES = 3
 """The coefficients, their slope, and the slope of the slope."""

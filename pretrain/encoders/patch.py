@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from triweave.pretrain.connectors import project
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.tower import EncoderTiles, LogMel, Pixels, Tower
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.connectors import project
 
 
 class PatchEmbedder(Tower):

@@ -12,7 +12,7 @@ from triweave.pretrain.encoders.patch import ImagePatchEmbedder, LogMelEmbedder
 from triweave.pretrain.encoders.tower import Tower
 from triweave.pretrain.encoders.transformer import SpectrogramTransformer, VisionTransformer
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.clip import ClipTower
 from triweave.pretrain.open_models.qwen_vision import QwenVisionTower
 from triweave.pretrain.open_models.vision import OpenVisionTower

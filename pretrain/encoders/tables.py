@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.transformer_config import sections_of, transformer_config
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from triweave.pretrain.batch import KernelTables

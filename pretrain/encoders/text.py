@@ -14,7 +14,7 @@ from triweave.pretrain.encoders.text_config import TextEncoderConfig
 from triweave.pretrain.encoders.tower import Items
 from triweave.pretrain.encoders.transformer import PackedTransformer
 from triweave.pretrain.encoders.transformer_config import sections_of, transformer_config
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 class TransformerTextEncoder(nn.Module):

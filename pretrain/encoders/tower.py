@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from triweave.pretrain.encoders.config import COLOURS, EncoderConfig
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 EncoderTiles = Mapping[str, Mapping[str, Tensor]] | None
 """Attention's tables of one modality by who reads them, `encoder` and `perceiver`; None lets the kernels make them."""

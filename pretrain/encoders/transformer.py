@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from triweave.pretrain.connectors import Perceiver, project
-from triweave.pretrain.decoder import Block
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.tower import EncoderTiles, Items, LogMel, Pixels, Tower, cut_squares
 from triweave.pretrain.encoders.transformer_config import sections_of, transformer_config
-from triweave.pretrain.layers import RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.connectors import Perceiver, project
+from triweave.pretrain.model.decoder import Block
+from triweave.pretrain.model.layers import RMSNorm
 
 
 class PackedTransformer(nn.Module):

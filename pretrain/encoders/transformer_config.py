@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from triweave.pretrain.encoders.config import EncoderConfig
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 def sections_of(modality: str, head_width: int) -> list[int]:

@@ -24,6 +24,7 @@ from torch.nn import functional
 from triweave.data_pipeline.batch import TEXT_ID
 from triweave.data_pipeline.shards.schema import TEXT
 from triweave.data_pipeline.stream.prompt import PromptMedia, PromptPart, prompt_batch
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.evaluation.bootstrap import bootstrap
 from triweave.pretrain.evaluation.documents import (
     EFFECT,
@@ -34,8 +35,7 @@ from triweave.pretrain.evaluation.documents import (
     sample,
 )
 from triweave.pretrain.evaluation.tasks import AUDIO, IMAGE
-from triweave.pretrain.heads import LanguageModelHead
-from triweave.pretrain.load import LoadedRun
+from triweave.pretrain.model.heads import LanguageModelHead
 
 Floats = npt.NDArray[np.float64]
 MOST_DOCUMENTS = 250

@@ -11,9 +11,9 @@ import torch
 
 from triweave.data_pipeline.shards.schema import TEXT
 from triweave.data_pipeline.stream.prompt import PromptPart, prompt_batch
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.evaluation.documents import EvaluationDocument, EvaluationDocuments
-from triweave.pretrain.heads import ContrastiveHead
-from triweave.pretrain.load import LoadedRun
+from triweave.pretrain.model.heads import ContrastiveHead
 
 Vectors = npt.NDArray[np.float32]
 """float32 [n, width]."""

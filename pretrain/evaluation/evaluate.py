@@ -15,13 +15,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from triweave.data_pipeline.machine import installed_versions, processor_name
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation import caption_nll, classification, retrieval
 from triweave.pretrain.evaluation.documents import HELD_OUT_SPLIT, EvaluationDocuments, read_documents
 from triweave.pretrain.evaluation.embed import PartEncoder, is_contrastive
 from triweave.pretrain.evaluation.floors import SimpleFeatures
 from triweave.pretrain.evaluation.tasks import AUDIO, IMAGE, Task, retrieval_tasks
-from triweave.pretrain.load import LoadedRun
 
 VERSION = 1
 PACKAGES = ("triweave", "torch", "numpy", "scikit-learn", "scipy")

@@ -22,9 +22,9 @@ from triweave.kernels.cross_attention import cross_attention
 from triweave.kernels.rms_norm import rms_norm
 from triweave.pretrain.fusion.arrangement import MediaAxis
 from triweave.pretrain.fusion.resampler import PerceiverResampler
-from triweave.pretrain.kv_cache import MediaCache
-from triweave.pretrain.layers import FeedForward, RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.kv_cache import MediaCache
+from triweave.pretrain.model.layers import FeedForward, RMSNorm
 
 SLOWEST_WAVELENGTH = 10000.0
 """Ratio of the slowest to the fastest frequency of the media's positions, as in Vaswani et al. 2017."""

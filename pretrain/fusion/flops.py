@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from triweave.data_pipeline.batch import PADDING_ID, PackedBatch
 from triweave.pretrain.fusion.arrangement import MediaAxis
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 def cross_flops(batch: PackedBatch, axis: MediaAxis[npt.NDArray[Any]], config: ModelConfig) -> int:

@@ -15,8 +15,8 @@ from triweave.kernels.attention import attention
 from triweave.kernels.attention_inputs import Tables
 from triweave.kernels.rms_norm import rms_norm
 from triweave.pretrain.fusion.arrangement import MediaAxis
-from triweave.pretrain.layers import FeedForward, RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.layers import FeedForward, RMSNorm
 
 
 class PerceiverResampler(nn.Module):

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from triweave.pretrain.checkpoint import Checkpoint, newest_whole_checkpoint
-from triweave.pretrain.consumed import ConsumedLedger
+from triweave.pretrain.checkpoints.checkpoint import Checkpoint, newest_whole_checkpoint
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import HealthError
 from triweave.pretrain.health.events import Event, record_event
 from triweave.pretrain.health.heartbeat import Heartbeat
+from triweave.pretrain.ledger.consumed import ConsumedLedger
 from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.world import World
 
 if TYPE_CHECKING:
     from triweave.pretrain.config import RunConfig
-    from triweave.pretrain.zero import Engine, StepResult
+    from triweave.pretrain.engine.zero import Engine, StepResult
 
 
 def recover(

@@ -16,7 +16,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
 REQUEUE = 75
 """Exit code of a run that was asked to stop before its last step and has written a checkpoint: start it again with

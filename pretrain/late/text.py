@@ -8,9 +8,9 @@ from triweave.data_pipeline.batch import TEXT_ID
 from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.encoders.text import TEXT_ENCODERS
 from triweave.pretrain.encoders.text_config import TextEncoderConfig
+from triweave.pretrain.engine.participation import tie_zero
 from triweave.pretrain.late.features import linear
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.participation import tie_zero
+from triweave.pretrain.model.config import ModelConfig
 
 
 class LateText(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.batch import OBJECTIVE_ROWS
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 def objective_flops(batch: PackedBatch, config: ModelConfig, vocab_size: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triweave.pretrain.batch import DeviceBatch
-from triweave.pretrain.losses import HeadSums
+from triweave.pretrain.objectives.losses import HeadSums
 
 
 class Head(nn.Module, ABC):

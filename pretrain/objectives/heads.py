@@ -18,9 +18,9 @@ from triweave.kernels.linear_cross_entropy import linear_cross_entropy
 from triweave.pretrain.batch import DeviceBatch, DeviceRows
 from triweave.pretrain.late.config import LateConfig
 from triweave.pretrain.late.fusion import LateFusion
-from triweave.pretrain.losses import HeadSums
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.head import Head, mean_states
+from triweave.pretrain.objectives.losses import HeadSums
 
 
 class _RowsHead(Head):

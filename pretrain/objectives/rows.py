@@ -25,7 +25,7 @@ from triweave.data_pipeline.errors import LabelError
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.loader import MicroBatch
 from triweave.pretrain.batch import MASKED_INDEX, OBJECTIVE_ROWS, as_read
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.config import ClassificationConfig, RegressionConfig
 
 Int = npt.NDArray[np.int64]

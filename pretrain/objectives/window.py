@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triweave.pretrain.contrastive_window import ContrastiveFigures
-from triweave.pretrain.losses import LossSums
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.objectives.balance import Decision, TaskBalance
-from triweave.pretrain.world import World
+from triweave.pretrain.objectives.contrastive_window import ContrastiveFigures
+from triweave.pretrain.objectives.losses import LossSums
 
 LANGUAGE_MODEL, CONTRASTIVE = "language_model", "contrastive"
 """Objectives whose rows are not those of `objectives.rows`: supervised tokens, and pairs of the whole step."""

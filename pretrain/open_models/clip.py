@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from triweave.pretrain.encoders.tower import EncoderTiles, Items
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.config import OpenEncoderConfig
 from triweave.pretrain.open_models.vision import ACTIVATIONS, ItemAttention, OpenVisionTower, through
 

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from triweave.data_pipeline.text.hugging_face import MEANINGS, VOCABULARY
+from triweave.pretrain.checkpoints.load import LoadedRun
+from triweave.pretrain.engine.optimizer import TOWER_PREFIX
 from triweave.pretrain.errors import OpenModelError
-from triweave.pretrain.load import LoadedRun
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.folder import CONFIG, WEIGHTS, OpenFolder
 from triweave.pretrain.open_models.initial import entries_of
 from triweave.pretrain.open_models.mapping import copy_out
 from triweave.pretrain.open_models.settings import family_of, write_settings
 from triweave.pretrain.open_models.tower_mapping import idle_tensors, on_disk
-from triweave.pretrain.optimizer import TOWER_PREFIX
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in which weights are written -> torch's."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triweave.pretrain.encoders.flops import TowerFlops
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.config import OpenEncoderConfig
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from triweave.pretrain.errors import OpenModelError
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.folder import CONFIG, OpenFolder
 from triweave.pretrain.open_models.mapping import Entry, copy_in, decoder_entries
 from triweave.pretrain.open_models.settings import OpenModel, read_settings, read_tower

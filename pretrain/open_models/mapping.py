@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triweave.pretrain.errors import OpenModelError
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.folder import OpenFolder
 
 Form = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

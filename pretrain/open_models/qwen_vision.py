@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from triweave.pretrain.encoders.tower import EncoderTiles, Items
-from triweave.pretrain.layers import RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.layers import RMSNorm
 from triweave.pretrain.open_models.config import COLOURS, OpenEncoderConfig
 from triweave.pretrain.open_models.vision import ACTIVATIONS, Angles, ItemAttention, OpenVisionTower, through
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triweave.pretrain.errors import OpenModelError
-from triweave.pretrain.model_config import FFN_WIDTH_MULTIPLE, LayoutConfig, ModelConfig, RopeScalingConfig
+from triweave.pretrain.model.config import FFN_WIDTH_MULTIPLE, LayoutConfig, ModelConfig, RopeScalingConfig
 from triweave.pretrain.open_models.config import OpenEncoderConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_5_vl")

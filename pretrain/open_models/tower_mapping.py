@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.config import COLOURS, OpenEncoderConfig
 from triweave.pretrain.open_models.mapping import Entry, Form
 

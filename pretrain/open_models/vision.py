@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from triweave.kernels.attention import attention
 from triweave.pretrain.encoders.tower import Tower
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.rotary import turn
 from triweave.pretrain.open_models.config import COLOURS, OpenEncoderConfig
-from triweave.pretrain.rotary import turn
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)

@@ -23,10 +23,10 @@ from triweave.launch.metrics import read_metrics
 from triweave.launch.processes import Outcome
 from triweave.launch.stall_report import main_frames, stall_report
 from triweave.launch.supervisor import STALLED, supervise
-from triweave.pretrain.audit import audit
 from triweave.pretrain.health.events import read_events
 from triweave.pretrain.health.heartbeat import Beat, Heartbeat, mark_phase, noted, read_beats
 from triweave.pretrain.health.signals import HANG_AT_STEP, REQUEUE
+from triweave.pretrain.ledger.audit import audit
 
 LAUNCH = (sys.executable, "-m", "triweave.launch.cli", "launch")
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

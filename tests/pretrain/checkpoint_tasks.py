@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from triweave.data_pipeline.storage.client import ObjectClient
-from triweave.pretrain.checkpoint import (
+from triweave.pretrain.checkpoints.checkpoint import (
     CheckpointConfig,
     CheckpointSaver,
     list_checkpoints,
@@ -29,9 +29,9 @@ from triweave.pretrain.checkpoint import (
 )
 from triweave.pretrain.checkpoints.snapshot import Snapshot
 from triweave.pretrain.config import load_config
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.train import train
-from triweave.pretrain.zero import Engine
 
 
 def _engine_tasks() -> ModuleType:

@@ -21,9 +21,9 @@ from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import PackingConfig
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.config import RunConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ContrastiveConfig
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.engine.zero import Engine
+from triweave.pretrain.model.config import ContrastiveConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 ROWS, GROUP_ROWS, LENGTH = 12, 6, 80
 STEPS = 3

@@ -17,13 +17,13 @@ from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import DataConfig, SourceConfig
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.config import RunConfig
+from triweave.pretrain.engine.config import TrainConfig
+from triweave.pretrain.engine.optimizer import OptimizerConfig
+from triweave.pretrain.engine.schedule import ScheduleConfig
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.health.settings import HealthConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.optimizer import OptimizerConfig
-from triweave.pretrain.schedule import ScheduleConfig
-from triweave.pretrain.train_config import TrainConfig
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 FEATURES = {"image": 12, "audio": 12}
 """Towers of equal size: mixed-up reductions then go unnoticed unless their values are compared."""

@@ -9,10 +9,10 @@ from typing import Any
 from siblings import load_sibling
 
 from triweave.pretrain.config import load_config
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.health.settings import HealthConfig
 from triweave.pretrain.health.signals import NAN_AT_STEP, poison_if_asked
 from triweave.pretrain.train import train
-from triweave.pretrain.zero import Engine
 
 BAD = 2
 """The step (0-based) that is bad."""

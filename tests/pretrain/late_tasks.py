@@ -15,10 +15,10 @@ import torch
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.batch import OBJECTIVE_ROWS, to_device
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.late.config import LateConfig
 from triweave.pretrain.objectives.config import TasksConfig
-from triweave.pretrain.zero import Engine
 
 OBJECTIVES = {"language_model": 1.0, "classification": 0.7, "regression": 0.4}
 STEPS = 3

@@ -17,8 +17,9 @@ from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.config import PackingConfig
 from triweave.pretrain.batch import OBJECTIVE_ROWS, to_device
 from triweave.pretrain.config import RunConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ContrastiveConfig
+from triweave.pretrain.engine.zero import Engine
+from triweave.pretrain.model.config import ContrastiveConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.objectives.config import (
     ClassificationConfig,
     JointLossConfig,
@@ -28,7 +29,6 @@ from triweave.pretrain.objectives.config import (
     TasksConfig,
 )
 from triweave.pretrain.objectives.rows import ObjectiveStage
-from triweave.pretrain.zero import Engine
 
 ROWS, LENGTH, STEPS, SEED = 12, 112, 3, 5
 CLASSES = ["animals", "food", "town"]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from triweave.pretrain.optimizer import GroupConfig
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.engine.optimizer import GroupConfig
+from triweave.pretrain.engine.zero import Engine
 
 
 def _sibling(name: str) -> ModuleType:

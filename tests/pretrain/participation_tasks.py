@@ -13,11 +13,11 @@ import torch
 from siblings import load_sibling
 
 from triweave.pretrain.batch import DeviceBatch
-from triweave.pretrain.losses import LossSums
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.participation import announce
-from triweave.pretrain.world import AGREED, open_world
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.engine.participation import announce
+from triweave.pretrain.engine.world import AGREED, open_world
+from triweave.pretrain.engine.zero import Engine
+from triweave.pretrain.model.model import MultimodalTransformer
+from triweave.pretrain.objectives.losses import LossSums
 
 
 class Disobedient(MultimodalTransformer):

@@ -124,7 +124,7 @@ def load(path: str | Path) -> ModuleType:
 
 def work(address: str, authkey: str) -> None:
     """Serve tasks until the other side hangs up."""
-    from triweave.pretrain.world import open_world
+    from triweave.pretrain.engine.world import open_world
 
     host, port = address.split(":")
     connection = Client((host, int(port)), authkey=authkey.encode())

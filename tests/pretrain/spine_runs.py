@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from triweave.pretrain.checkpoint import list_checkpoints
-from triweave.pretrain.consumed import read_consumed
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
+from triweave.pretrain.ledger.consumed import read_consumed
 
 STEPS = 20
 HALF = 10

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from triweave.launch.cli import main
-from triweave.pretrain.audit import audit
-from triweave.pretrain.consumed import begin_attempt, read_consumed
+from triweave.pretrain.ledger.audit import audit
+from triweave.pretrain.ledger.consumed import begin_attempt, read_consumed
 
 Row = tuple[int, int, list[str]]
 """Step, plan row, ids."""

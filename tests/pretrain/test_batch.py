@@ -12,8 +12,8 @@ from triweave.kernels.errors import KernelUnavailableError
 from triweave.kernels.tiles import attention_tables
 from triweave.kernels.tuning import pinned
 from triweave.pretrain.batch import ATTENTION_TILES, DeviceBatch, kernel_tables, to_device
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 
 def test_every_field_arrives_with_its_values_and_dtype(make_batch):

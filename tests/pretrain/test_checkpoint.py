@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triweave.pretrain.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
 from triweave.pretrain.errors import CheckpointError
 
 TASKS = Path(__file__).with_name("checkpoint_tasks.py")

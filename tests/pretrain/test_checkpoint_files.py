@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from triweave.data_pipeline.storage.client import forget_clients
-from triweave.pretrain.checkpoint import (
+from triweave.pretrain.checkpoints import blocks, snapshot
+from triweave.pretrain.checkpoints.blocks import block_digests
+from triweave.pretrain.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     checkpoint_root,
@@ -21,16 +23,14 @@ from triweave.pretrain.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from triweave.pretrain.checkpoints import blocks, snapshot
-from triweave.pretrain.checkpoints.blocks import block_digests
 from triweave.pretrain.checkpoints.export import export_weights
+from triweave.pretrain.checkpoints.fragments import Fragment
 from triweave.pretrain.checkpoints.manifest import seal
 from triweave.pretrain.checkpoints.reader import CheckpointReader, Wanted
 from triweave.pretrain.checkpoints.retention import kept_steps, prune
 from triweave.pretrain.checkpoints.snapshot import Snapshot
 from triweave.pretrain.checkpoints.stores import Store, open_store
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.fragments import Fragment
 
 RNG = {"cpu": torch.arange(77, dtype=torch.uint8)}
 SHAPES = {"decoder.weight": (40, 25), "towers.image.bias": (7,), "towers.image.frozen": (6, 3)}

@@ -26,9 +26,9 @@ import test_resume_soak as resume
 
 from triweave.data_pipeline.storage.client import client_of, forget_clients
 from triweave.data_pipeline.storage.location import is_remote, object_location
-from triweave.pretrain.audit import audit
-from triweave.pretrain.checkpoint import list_checkpoints, read_checkpoint, step_of
-from triweave.pretrain.consumed import next_attempt
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints, read_checkpoint, step_of
+from triweave.pretrain.ledger.audit import audit
+from triweave.pretrain.ledger.consumed import next_attempt
 
 KILLS = int(os.environ.get("SOAK_CHECKPOINT_KILLS", "30"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))

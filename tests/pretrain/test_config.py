@@ -6,8 +6,8 @@ import yaml
 from triweave.data_pipeline.errors import DataError
 from triweave.pretrain.config import load_config, save_resolved, to_plain
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.heads import HEADS
-from triweave.pretrain.model_config import OBJECTIVES, ContrastiveConfig, ModelConfig
+from triweave.pretrain.model.config import OBJECTIVES, ContrastiveConfig, ModelConfig
+from triweave.pretrain.model.heads import HEADS
 
 MINIMAL = """
 run_dir: runs/x

@@ -4,12 +4,12 @@ import math
 
 import torch
 
-from triweave.pretrain.connectors import Perceiver, project
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.transformer_config import sections_of
-from triweave.pretrain.model import initialise
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.rotary import rotate
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.connectors import Perceiver, project
+from triweave.pretrain.model.model import initialise
+from triweave.pretrain.model.rotary import rotate
 
 MODEL = ModelConfig(d_model=16, layers=1, heads=2, kv_heads=2, head_width=8, init_std=0.3)
 WIDTH, HEADS = 8, 2

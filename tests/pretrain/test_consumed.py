@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from triweave.pretrain.consumed import ConsumedLedger, begin_attempt, next_attempt, read_consumed
 from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.ledger.consumed import ConsumedLedger, begin_attempt, next_attempt, read_consumed
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from triweave.pretrain.contrastive import (
+from triweave.pretrain.objectives.contrastive import (
     SegmentTable,
     bounded_scale_gradient,
     contrastive_sums,

@@ -123,7 +123,7 @@ def test_every_parameter_of_the_head_learns(tasks, trained):
 def learn(world, *, loss: str) -> list[Any]:
     """Run inside one rank: 54 steps on one step's rows."""
     tasks = _tasks()
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
     engine = Engine(tasks.build_model(loss), tasks.config(1, loss, lr=3e-2), world, accumulation=2)
     window = tasks.window("all", 0, rank=0, ranks=1, accumulation=2)
@@ -158,7 +158,7 @@ def test_bf16_is_near_fp32(rank_pool, reference, stage):
 def poisoned(world, *, accumulation: int) -> tuple[int, str]:
     """Run inside ranks: rank 1's third step has a segment that is not finite; no token of it is supervised."""
     tasks = _tasks()
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
     engine = Engine(tasks.build_model("sigmoid"), tasks.config(2, "sigmoid"), world, accumulation=accumulation)
     for step in range(4):
@@ -188,8 +188,8 @@ def test_a_segment_that_is_not_finite_ends_all_ranks(rank_pool, accumulation):
 
 def cut_and_resume(world, *, run_dir: str, stage: int) -> Any:
     """Run inside ranks: two steps, a checkpoint, two more; then the two more again from the checkpoint."""
-    from triweave.pretrain.checkpoint import CheckpointConfig, newest_whole_checkpoint, save_checkpoint
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.checkpoints.checkpoint import CheckpointConfig, newest_whole_checkpoint, save_checkpoint
+    from triweave.pretrain.engine.zero import Engine
 
     tasks = _tasks()
     answers = []

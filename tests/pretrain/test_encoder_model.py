@@ -9,9 +9,9 @@ import torch
 
 from triweave.pretrain.batch import ENCODER_TILES, kernel_tables, to_device
 from triweave.pretrain.encoders.config import EncoderConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.participation import gradient_parameters
+from triweave.pretrain.engine.participation import gradient_parameters
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 FEATURES = {"image": 48, "audio": 12}
 """4 x 4 pixels, and 4 frames of 3 mel bands."""

@@ -16,7 +16,7 @@ from triweave.pretrain.config import load_config
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.flops import tower_flops
 from triweave.pretrain.encoders.registry import build_tower
-from triweave.pretrain.flops import count_parameters
+from triweave.pretrain.model.flops import count_parameters
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"image": 256, "audio": 125}

@@ -21,8 +21,8 @@ from triweave.pretrain.encoders.registry import ENCODERS, build_tower
 from triweave.pretrain.encoders.tower import Items
 from triweave.pretrain.encoders.transformer import VisionTransformer
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model import initialise
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import initialise
 
 SIDE_PX, BINS, FRAMES = 16, 5, 8
 FEATURES = {"image": SIDE_PX**2 * 3, "audio": FRAMES * BINS}

@@ -24,6 +24,7 @@ from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.manifest import ManifestSource
 from triweave.data_pipeline.splits import fold_of
 from triweave.data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.config import RunConfig
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation import caption_nll, classification, retrieval
@@ -33,9 +34,8 @@ from triweave.pretrain.evaluation.evaluate import evaluate_folds, evaluate_run
 from triweave.pretrain.evaluation.floors import SimpleFeatures, cosines, length_scores, ridge_scores
 from triweave.pretrain.evaluation.metrics import best_ranks, figures
 from triweave.pretrain.evaluation.tasks import Task, relation, retrieval_tasks
-from triweave.pretrain.load import LoadedRun
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 CONCEPTS = 120
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}

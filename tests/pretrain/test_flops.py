@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from triweave.pretrain.batch import to_device
-from triweave.pretrain.flops import count_flops, count_parameters
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.flops import count_flops, count_parameters
+from triweave.pretrain.model.model import MultimodalTransformer
 
 CONFIG = ModelConfig(d_model=32, layers=2, heads=4, kv_heads=2, head_width=16)
 

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triweave.pretrain.batch import as_read, kernel_tables, to_device
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.flops import count_flops
 from triweave.pretrain.fusion.arrangement import for_cross
 from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.fusion.cross import place_vectors
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import LayoutConfig, ModelConfig
+from triweave.pretrain.model.config import LayoutConfig, ModelConfig
+from triweave.pretrain.model.flops import count_flops
+from triweave.pretrain.model.model import MultimodalTransformer
 
 SMALL = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16}
 CROSS = FusionConfig(kind="cross", cross_every=1)

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from triweave.launch.cli import main
-from triweave.pretrain.contrastive import pair_blocks
+from triweave.pretrain.bench.fusion.bench import markdown, select_contenders, summarise
+from triweave.pretrain.bench.fusion.model import Contender, FusionModel, InputMaker, contenders
+from triweave.pretrain.bench.fusion.task import FusionTask, RememberingDecoder, read_task
+from triweave.pretrain.bench.fusion.training import Answers, document_table
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation.documents import EvaluationDocument
-from triweave.pretrain.fusion_bench.bench import markdown, select_contenders, summarise
-from triweave.pretrain.fusion_bench.model import Contender, FusionModel, InputMaker, contenders
-from triweave.pretrain.fusion_bench.task import FusionTask, RememberingDecoder, read_task
-from triweave.pretrain.fusion_bench.training import Answers, document_table
+from triweave.pretrain.objectives.contrastive import pair_blocks
 
 ZOO = Path(__file__).with_name("test_evaluation_documents.py")
 LANGUAGES = ("fr", "ru")

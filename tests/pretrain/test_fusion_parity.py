@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triweave.pretrain.optimizer import GroupConfig
+from triweave.pretrain.engine.optimizer import GroupConfig
 
 TASKS = Path(__file__).with_name("fusion_tasks.py")
 PARITY = Path(__file__).with_name("test_parity.py")

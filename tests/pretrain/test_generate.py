@@ -14,20 +14,20 @@ from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.prompt import probe_media, prompt_batch
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 from triweave.kernels.tiles import attention_tables
-from triweave.pretrain import continuation as continuations
-from triweave.pretrain import kv_cache
 from triweave.pretrain.batch import to_device
+from triweave.pretrain.bench.generate import bench_generate
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.config import RunConfig
-from triweave.pretrain.continuation import Continuation
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation import caption_nll
 from triweave.pretrain.fusion.config import FusionConfig
-from triweave.pretrain.generate import Sampling, draw, generate
-from triweave.pretrain.generate_bench import bench_generate
-from triweave.pretrain.load import LoadedRun
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.generation import continuation as continuations
+from triweave.pretrain.generation.continuation import Continuation
+from triweave.pretrain.generation.generate import Sampling, draw, generate
+from triweave.pretrain.model import kv_cache
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 CORPUS = Path(__file__).parents[1] / "data_pipeline" / "conftest.py"
 GEOMETRY = MediaGeometry(image_patch_px=8, image_max_tokens=12)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import spine_runs as spine
 
-from triweave.pretrain.audit import audit
-from triweave.pretrain.checkpoint import list_checkpoints
-from triweave.pretrain.consumed import read_consumed
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
 from triweave.pretrain.health.events import read_events
 from triweave.pretrain.health.heartbeat import read_beats
 from triweave.pretrain.health.signals import REQUEUE
+from triweave.pretrain.ledger.audit import audit
+from triweave.pretrain.ledger.consumed import read_consumed
 
 TASKS = Path(__file__).with_name("health_tasks.py")
 Train = Callable[..., list[str]]

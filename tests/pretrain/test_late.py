@@ -14,8 +14,8 @@ from triweave.pretrain.late.config import LateConfig
 from triweave.pretrain.late.features import PartFeatures, by_modality
 from triweave.pretrain.late.fusion import OPERATORS, LateFusion
 from triweave.pretrain.late.operators import ModalityAttention, SpanGraph, Vote
-from triweave.pretrain.model import initialise
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import initialise
 
 WIDTH = 6
 TEXT, IMAGE, AUDIO = 0, 1, 2

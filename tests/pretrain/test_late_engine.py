@@ -14,7 +14,7 @@ from triweave.pretrain.config import load_config
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.late.config import OPERATORS, LateConfig
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.config import ClassificationConfig
 
 TASKS = Path(__file__).with_name("late_tasks.py")

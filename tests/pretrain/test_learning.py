@@ -6,8 +6,8 @@ import torch
 
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.encoders.config import EncoderConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 SIDE = 3
 TONES = 4

@@ -14,12 +14,12 @@ import yaml
 
 from triweave.data_pipeline.errors import TokenizerError
 from triweave.data_pipeline.stream.prompt import prompt_batch
-from triweave.pretrain import load
 from triweave.pretrain.batch import to_device
-from triweave.pretrain.checkpoint import list_checkpoints
+from triweave.pretrain.checkpoints import load
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
+from triweave.pretrain.checkpoints.load import load_run, locate
 from triweave.pretrain.config import load_config
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.load import load_run, locate
 
 TASKS = Path(__file__).with_name("load_tasks.py")
 CORPUS = Path(__file__).parents[1] / "data_pipeline" / "conftest.py"
@@ -184,7 +184,7 @@ def test_relative_paths_are_found_from_where_the_run_was_started(run_config, tmp
 
 def test_loading_needs_neither_deepspeed_nor_a_process_group(trained):
     program = (
-        "import sys; from triweave.pretrain.load import load_run; run = load_run(sys.argv[1]); "
+        "import sys; from triweave.pretrain.checkpoints.load import load_run; run = load_run(sys.argv[1]); "
         "import torch.distributed as dist; print(run.step, 'deepspeed' in sys.modules, dist.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", program, trained[0]], capture_output=True, text=True, check=True)

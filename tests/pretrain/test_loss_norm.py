@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triweave.pretrain.loss_norm import normalised
+from triweave.pretrain.engine.loss_norm import normalised
 
 WEIGHTS = {
     "global_tokens": lambda tokens, batch_tokens: 1.0,  # noqa: ARG005

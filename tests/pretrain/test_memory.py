@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from triweave.launch.cli import main
-from triweave.pretrain.memory import state_bytes_per_parameter, tensor_bytes
+from triweave.pretrain.engine.memory import state_bytes_per_parameter, tensor_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from triweave.pretrain.batch import to_device
 from triweave.pretrain.encoders.patch import PatchEmbedder
 from triweave.pretrain.encoders.registry import ENCODERS
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.losses import weight_by_modality
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
+from triweave.pretrain.objectives.losses import weight_by_modality
 
 SMALL = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16}
 

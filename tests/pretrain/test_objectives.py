@@ -15,8 +15,8 @@ import torch
 from triweave.data_pipeline.errors import LabelError
 from triweave.pretrain.batch import MASKED_INDEX, OBJECTIVE_ROWS, to_device
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.flops import count_flops
-from triweave.pretrain.heads import HEADS
+from triweave.pretrain.model.flops import count_flops
+from triweave.pretrain.model.heads import HEADS
 from triweave.pretrain.objectives.balance import TaskBalance
 from triweave.pretrain.objectives.config import (
     OBJECTIVES,

@@ -79,8 +79,8 @@ def test_engine_equals_plain_torch(rank_pool, tasks, reference, weighting, stage
 
 def idle_head(world: Any, *, stage: int) -> Any:
     """Run inside ranks: a curriculum that begins with classification at step 3."""
+    from triweave.pretrain.engine.zero import Engine
     from triweave.pretrain.objectives.config import TasksConfig
-    from triweave.pretrain.zero import Engine
 
     tasks = _tasks()
     model = tasks.model_config(tasks.THREE, "uncertainty")
@@ -124,7 +124,7 @@ def test_the_contrastive_loss_has_a_learnt_weight_too(rank_pool, tasks, accumula
 
 def first_step(world: Any, *, accumulation: int) -> Any:
     """Run inside ranks: one step with learnt weights."""
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
     tasks = _tasks()
     model = tasks.model_config(tasks.THREE, "uncertainty")

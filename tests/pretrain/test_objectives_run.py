@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from triweave.data_pipeline.stream.loader import StepLoader
-from triweave.pretrain.checkpoint import list_checkpoints
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
 from triweave.pretrain.config import load_config
-from triweave.pretrain.consumed import read_decisions
+from triweave.pretrain.ledger.consumed import read_decisions
 from triweave.pretrain.objectives.rows import objective_rows, objective_stages
 
 TASKS = Path(__file__).with_name("checkpoint_tasks.py")

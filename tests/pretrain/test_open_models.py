@@ -21,8 +21,8 @@ from triweave.launch.cli import main
 from triweave.pretrain.batch import arrange, kernel_tables, to_device
 from triweave.pretrain.config import load_config
 from triweave.pretrain.errors import OpenModelError, PretrainError
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import LayoutConfig, ModelConfig, RopeScalingConfig
+from triweave.pretrain.model.config import LayoutConfig, ModelConfig, RopeScalingConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.open_models.config import OpenEncoderConfig, check_open_encoders
 from triweave.pretrain.open_models.export import as_transformers
 from triweave.pretrain.open_models.flops import open_tower_flops

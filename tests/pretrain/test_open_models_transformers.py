@@ -24,11 +24,11 @@ from triweave.data_pipeline.stream.prompt import probe_media, prompt_batch
 from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.launch.cli import main
 from triweave.pretrain.batch import kernel_tables, to_device
+from triweave.pretrain.checkpoints.load import load_run
 from triweave.pretrain.config import load_config
-from triweave.pretrain.continuation import Continuation
 from triweave.pretrain.encoders.tower import Items
-from triweave.pretrain.load import load_run
-from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.generation.continuation import Continuation
+from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.open_models.export import as_transformers
 from triweave.pretrain.open_models.folder import OpenFolder
 from triweave.pretrain.open_models.initial import start_from

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from triweave.pretrain.engine.optimizer import OptimizerConfig, build_adamw, group_parameters, tower_of
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.optimizer import OptimizerConfig, build_adamw, group_parameters, tower_of
 
 
 def model() -> nn.Module:

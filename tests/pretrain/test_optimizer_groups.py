@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from triweave.pretrain.engine.optimizer import GroupConfig, OptimizerConfig, freeze, group_parameters
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.optimizer import GroupConfig, OptimizerConfig, freeze, group_parameters
 
 TASKS = Path(__file__).with_name("open_model_tasks.py")
 STEPS = 3

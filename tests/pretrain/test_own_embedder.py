@@ -26,8 +26,8 @@ from triweave.launch.cli import main
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.encoders.patch import PatchEmbedder
 from triweave.pretrain.encoders.registry import ENCODERS
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 SENSOR_ID = 5
 WORDS = ("falling", "rising")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from triweave.pretrain.participation import gradient_parameters, name_samples, tie_zero
+from triweave.pretrain.engine.participation import gradient_parameters, name_samples, tie_zero
 
 TASKS = Path(__file__).with_name("participation_tasks.py")
 
@@ -123,7 +123,7 @@ def test_a_breach_is_an_error_on_that_step_on_all_ranks(rank_pool, case, fault, 
 def start_rank():
     """Start a process that has imported everything already; start_rank(**job) -> process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "triweave.pretrain.zero"])
+    context.set_forkserver_preload(["deepspeed", "triweave.pretrain.engine.zero"])
 
     def start(**job):
         arguments = {"init_globals": {"JOB": job}, "run_name": "__main__"}

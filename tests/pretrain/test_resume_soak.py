@@ -22,11 +22,11 @@ import psutil
 import pytest
 import spine_runs as spine
 
-from triweave.pretrain.audit import audit
-from triweave.pretrain.checkpoint import newest_checkpoint
-from triweave.pretrain.consumed import next_attempt
+from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
+from triweave.pretrain.engine.world import leave
+from triweave.pretrain.ledger.audit import audit
+from triweave.pretrain.ledger.consumed import next_attempt
 from triweave.pretrain.train import main
-from triweave.pretrain.world import leave
 
 KILLS = int(os.environ.get("SOAK_RESUME_KILLS", "200"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))

@@ -11,7 +11,7 @@ import yaml
 from spine_runs import metrics
 
 from triweave.launch.cli import main
-from triweave.pretrain.consumed import read_consumed
+from triweave.pretrain.ledger.consumed import read_consumed
 
 TASKS = Path(__file__).with_name("engine_tasks.py")
 CPU = {"device": "cpu"}

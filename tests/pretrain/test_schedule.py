@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from triweave.pretrain.engine.schedule import ScheduleConfig, learning_rate_factor
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.schedule import ScheduleConfig, learning_rate_factor
 
 
 def test_warm_up_rises_linearly_and_reaches_the_peak():

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from spine_runs import HALF, STEPS, consumed, files_of, metrics, run_program
 
-from triweave.pretrain.audit import audit
-from triweave.pretrain.checkpoint import list_checkpoints
-from triweave.pretrain.consumed import read_consumed
+from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
+from triweave.pretrain.ledger.audit import audit
+from triweave.pretrain.ledger.consumed import read_consumed
 from triweave.pretrain.train import main
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from triweave.data_pipeline.stream.stalls import START_STEPS, STEPS_KEPT, StallMeter, StepLoad
 from triweave.kernels import backends
-from triweave.pretrain.contrastive_window import ContrastiveFigures
+from triweave.pretrain.engine.participation import Window
+from triweave.pretrain.engine.zero import StepResult
 from triweave.pretrain.objectives.balance import Decision
+from triweave.pretrain.objectives.contrastive_window import ContrastiveFigures
 from triweave.pretrain.objectives.window import TaskFigures
-from triweave.pretrain.participation import Window
 from triweave.pretrain.telemetry import Telemetry, modality_slots, step_metrics
-from triweave.pretrain.zero import StepResult
 
 LOAD = StepLoad(wait_s=0.25, queue_depth=0, stages_ms=[{"fetch": 200.0, "decode": 40.0}], counts={"samples": 8})
 

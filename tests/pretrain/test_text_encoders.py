@@ -5,8 +5,8 @@ import torch
 
 from triweave.pretrain.encoders.text import TEXT_ENCODERS, TextEncoderConfig
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model import initialise
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import initialise
 
 MODEL = ModelConfig(d_model=16, layers=1, heads=2, kv_heads=2, head_width=8, init_std=0.2)
 FEATURES, WIDTH = 6, 16

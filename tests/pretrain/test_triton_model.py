@@ -15,10 +15,10 @@ import yaml
 from triweave.kernels import backends
 from triweave.kernels.errors import KernelInputError
 from triweave.pretrain.batch import kernel_tables, to_device
-from triweave.pretrain.continuation import Continuation
 from triweave.pretrain.fusion.config import FusionConfig
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.generation.continuation import Continuation
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.train import main
 
 pytest.importorskip("triton")

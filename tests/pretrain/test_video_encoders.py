@@ -17,8 +17,8 @@ from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.data_pipeline.text.tokenizer import train_tokenizer
 from triweave.pretrain.batch import ENCODER_TILES, kernel_tables, to_device
 from triweave.pretrain.encoders.config import EncoderConfig, check_encoders
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 pytest.importorskip("av")
 VIDEOS = Path(__file__).parents[1] / "data_pipeline" / "test_video.py"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from triweave.data_pipeline.errors import DataError
+from triweave.pretrain.engine.world import LAUNCHER_VARIABLES, NOT_DETERMINISTIC, close_world, open_world
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.world import LAUNCHER_VARIABLES, NOT_DETERMINISTIC, close_world, open_world
 
 THIS = Path(__file__)
 
@@ -68,7 +68,7 @@ def test_a_deterministic_world_refuses_what_can_differ_and_a_later_one_does_not(
 
 LEAVER = """
 import atexit, sys
-from triweave.pretrain.world import close_world, leave, open_world
+from triweave.pretrain.engine.world import close_world, leave, open_world
 class Global:
     def __del__(self):
         print("taken down")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from triweave.pretrain.engine.config import OWNED_KEYS, TrainConfig, deepspeed_config
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.train_config import OWNED_KEYS, TrainConfig, deepspeed_config
 
 THIS = Path(__file__)
 TASKS = THIS.with_name("engine_tasks.py")
@@ -51,7 +51,7 @@ def test_overlap_is_refused_where_it_loses_towers(tasks):
 
 def refused_by_deepspeed(world) -> str:
     """Run inside ranks: a key of the pass-through that DeepSpeed does not take."""
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
     tasks = _tasks()
     given = {"zero_optimization": {"reduce_bucket_size": "many"}}
@@ -82,8 +82,8 @@ def train_tied_and_frozen(world, *, stage: int) -> dict[str, object]:
     """Run inside ranks: one matrix for lookup and head, and a frozen audio tower."""
     import dataclasses
 
-    from triweave.pretrain.model import MultimodalTransformer
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
+    from triweave.pretrain.model.model import MultimodalTransformer
 
     tasks = _tasks()
     model = MultimodalTransformer(

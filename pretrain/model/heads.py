@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.kernels.linear_cross_entropy import linear_cross_entropy
 from triweave.pretrain.batch import DeviceBatch
-from triweave.pretrain.losses import MODALITY_SLOTS, HeadSums
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.head import Head, mean_states
 from triweave.pretrain.objectives.heads import (
     ClassificationHead,
@@ -21,6 +20,7 @@ from triweave.pretrain.objectives.heads import (
     MatchingHead,
     RegressionHead,
 )
+from triweave.pretrain.objectives.losses import MODALITY_SLOTS, HeadSums
 
 
 class LanguageModelHead(Head):

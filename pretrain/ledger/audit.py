@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from triweave.pretrain.consumed import ConsumedRow, read_attempts, read_consumed, world_sizes
+from triweave.pretrain.ledger.consumed import ConsumedRow, read_attempts, read_consumed, world_sizes
 
 FILLER = ":filler"
 """End of the id of a piece that could not be read and was trained on as zeros with no loss."""

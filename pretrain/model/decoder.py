@@ -16,10 +16,10 @@ from triweave.kernels.attention import attention
 from triweave.kernels.mmca import mmca
 from triweave.kernels.qk_norm_rope import qk_norm_rope
 from triweave.pretrain.fusion.cross import CrossBlock, Media
-from triweave.pretrain.kv_cache import KeyValueCache, LayerCache
-from triweave.pretrain.layers import FeedForward, RMSNorm
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.rotary import rotate
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.kv_cache import KeyValueCache, LayerCache
+from triweave.pretrain.model.layers import FeedForward, RMSNorm
+from triweave.pretrain.model.rotary import rotate
 
 Tiles = Mapping[str, Tensor] | None
 """What `kernels.tiles.attention_tables` made of a batch's intervals, on the CPU; None lets the kernel make it."""

@@ -19,13 +19,13 @@ from threadpoolctl import threadpool_limits
 from triweave.data_pipeline.bench.subset import machine
 from triweave.data_pipeline.machine import installed_versions
 from triweave.data_pipeline.shards.manifest import write_atomically
+from triweave.pretrain.bench.fusion.floors import floors
+from triweave.pretrain.bench.fusion.model import Contender, contenders
+from triweave.pretrain.bench.fusion.task import FusionTask, RememberingDecoder
+from triweave.pretrain.bench.fusion.training import Answers, Budget, train_and_ask
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.evaluation.bootstrap import bootstrap
 from triweave.pretrain.evaluation.metrics import hits
-from triweave.pretrain.fusion_bench.floors import floors
-from triweave.pretrain.fusion_bench.model import Contender, contenders
-from triweave.pretrain.fusion_bench.task import FusionTask, RememberingDecoder
-from triweave.pretrain.fusion_bench.training import Answers, Budget, train_and_ask
 
 VERSION = 1
 FIGURES = ("accuracy", "r1", "r10")

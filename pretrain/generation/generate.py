@@ -20,9 +20,9 @@ from torch import Tensor
 
 from triweave.data_pipeline.stream.prompt import PromptPart, prompt_batch
 from triweave.data_pipeline.text.tokenizer import Tokenizer
-from triweave.pretrain.continuation import Continuation
+from triweave.pretrain.checkpoints.load import LoadedRun
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.load import LoadedRun
+from triweave.pretrain.generation.continuation import Continuation
 
 SEED_LIMIT = 2**63
 BATCH_ROWS = 64

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from triweave.data_pipeline.shards.schema import TEXT
-from triweave.pretrain.contrastive import SegmentTable, contrastive_sums, pair_blocks
+from triweave.pretrain.bench.fusion.model import Contender, FusionModel, InputMaker
+from triweave.pretrain.bench.fusion.task import FusionTask, RememberingDecoder
+from triweave.pretrain.engine.optimizer import OptimizerConfig, build_adamw, group_parameters
+from triweave.pretrain.engine.schedule import ScheduleConfig, learning_rate_factor
 from triweave.pretrain.evaluation.documents import EvaluationDocument, keyed_hash
 from triweave.pretrain.evaluation.metrics import Ranks, best_ranks
-from triweave.pretrain.fusion_bench.model import Contender, FusionModel, InputMaker
-from triweave.pretrain.fusion_bench.task import FusionTask, RememberingDecoder
-from triweave.pretrain.optimizer import OptimizerConfig, build_adamw, group_parameters
-from triweave.pretrain.schedule import ScheduleConfig, learning_rate_factor
+from triweave.pretrain.objectives.contrastive import SegmentTable, contrastive_sums, pair_blocks
 
 EVALUATION_DOCUMENTS = 64
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_norm=1.0)

@@ -1,8 +1,10 @@
 """What `triweave demo fault` runs in its ranks: one model and one data set under three training loops.
 
-    deepspeed --num_accelerators 2 pretrain/fault_demo.py plain OUT 1 2         a plain DeepSpeed loop at ZeRO 1 and 2
-    deepspeed --num_accelerators 2 pretrain/fault_demo.py triweave OUT 0 1 2 3  Triweave's engine
-    deepspeed --num_accelerators 2 pretrain/fault_demo.py broken OUT 1 2 3      the same, of a model that never guards
+    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py plain OUT 1 2         a plain DeepSpeed loop
+    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py triweave OUT 0 1 2 3  Triweave's engine
+    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py broken OUT 1 2 3      of a model that never guards
+
+The numbers are the ZeRO stages to train at.
 
 Rank 0 holds pictures only and rank 1 sounds only, as data loaders deal them out now and then. A picture token and a
 sound token both have 768 numbers, so the two towers are of equal size. Each stage writes OUT/LOOP-zeroN.safetensors
@@ -32,15 +34,15 @@ from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import Piece
 from triweave.pretrain.batch import DeviceBatch, kernel_tables, to_device
 from triweave.pretrain.config import RunConfig
+from triweave.pretrain.engine.config import TrainConfig
+from triweave.pretrain.engine.optimizer import OptimizerConfig
+from triweave.pretrain.engine.schedule import ScheduleConfig
+from triweave.pretrain.engine.world import AGREED, World, close_world, leave, open_world
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import ParticipationError
-from triweave.pretrain.losses import LossSums
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.optimizer import OptimizerConfig
-from triweave.pretrain.schedule import ScheduleConfig
-from triweave.pretrain.train_config import TrainConfig
-from triweave.pretrain.world import AGREED, World, close_world, leave, open_world
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
+from triweave.pretrain.objectives.losses import LossSums
 
 RANKS = 2
 HELD = ("image", "audio")

@@ -1,6 +1,6 @@
 """What the spine costs over a bare DeepSpeed loop: the same model, the same micro-batches, in turns, on every rank.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m triweave.pretrain.step_bench REQUEST.json
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m triweave.pretrain.bench.step REQUEST.json
 
 spine   `Engine.train_window` with everything a run does around it: announcement, checks of towers and gradients, the
         exact global mean, the ledger of consumed samples, telemetry, the agreement to go on
@@ -33,16 +33,16 @@ from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
 from triweave.data_pipeline.stream.stalls import StallMeter
 from triweave.pretrain.batch import kernel_tables, to_device
 from triweave.pretrain.config import RunConfig, load_config
-from triweave.pretrain.consumed import ConsumedLedger
+from triweave.pretrain.engine.config import deepspeed_config
+from triweave.pretrain.engine.memory import state_bytes_per_parameter, tensor_bytes
+from triweave.pretrain.engine.optimizer import group_parameters
+from triweave.pretrain.engine.world import World, close_world, leave, open_world
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.losses import weight_by_modality
-from triweave.pretrain.memory import state_bytes_per_parameter, tensor_bytes
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.optimizer import group_parameters
+from triweave.pretrain.ledger.consumed import ConsumedLedger
+from triweave.pretrain.model.model import MultimodalTransformer
+from triweave.pretrain.objectives.losses import weight_by_modality
 from triweave.pretrain.telemetry import Telemetry
-from triweave.pretrain.train_config import deepspeed_config
-from triweave.pretrain.world import World, close_world, leave, open_world
-from triweave.pretrain.zero import Engine
 
 WINDOWS_KEPT = 4
 WINDOWS_TRIED = 64

@@ -22,12 +22,12 @@ from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.state import StreamState
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 from triweave.pretrain.batch import DeviceBatch, kernel_tables, to_device
-from triweave.pretrain.checkpoint import Checkpoint, find_whole_checkpoint
+from triweave.pretrain.checkpoints.checkpoint import Checkpoint, find_whole_checkpoint
 from triweave.pretrain.checkpoints.reader import Wanted
 from triweave.pretrain.checkpoints.stores import MANIFEST
 from triweave.pretrain.config import RunConfig, load_config
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.model.model import MultimodalTransformer
 
 logger = logging.getLogger(__name__)
 

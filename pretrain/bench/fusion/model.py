@@ -24,15 +24,15 @@ from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.shards.schema import TEXT
 from triweave.data_pipeline.stream.prompt import prompt_batch
 from triweave.pretrain.batch import DeviceBatch, KernelTables, kernel_tables, to_device
+from triweave.pretrain.bench.fusion.task import GEOMETRY, FusionTask, RememberingDecoder
 from triweave.pretrain.evaluation.documents import EvaluationDocument
 from triweave.pretrain.evaluation.tasks import AUDIO, IMAGE
 from triweave.pretrain.fusion.config import FusionConfig
-from triweave.pretrain.fusion_bench.task import GEOMETRY, FusionTask, RememberingDecoder
 from triweave.pretrain.late.config import OPERATORS, LateConfig
 from triweave.pretrain.late.features import linear
 from triweave.pretrain.late.fusion import LateFusion
-from triweave.pretrain.model import MultimodalTransformer, initialise
-from triweave.pretrain.model_config import ContrastiveConfig, ModelConfig
+from triweave.pretrain.model.config import ContrastiveConfig, ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer, initialise
 from triweave.pretrain.objectives.head import mean_states
 
 PARTS = (IMAGE, AUDIO, TEXT)

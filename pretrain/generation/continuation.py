@@ -26,9 +26,9 @@ from triweave.pretrain.batch import (
     to_device,
 )
 from triweave.pretrain.fusion.arrangement import MediaAxis
-from triweave.pretrain.heads import LanguageModelHead
-from triweave.pretrain.kv_cache import KeyValueCache
-from triweave.pretrain.model import MultimodalTransformer
+from triweave.pretrain.model.heads import LanguageModelHead
+from triweave.pretrain.model.kv_cache import KeyValueCache
+from triweave.pretrain.model.model import MultimodalTransformer
 
 
 class Continuation:

@@ -21,10 +21,10 @@ from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import Piece
 from triweave.data_pipeline.stream.layout import Run
-from triweave.pretrain.continuation import Continuation
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.generation.continuation import Continuation
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 DEMO_MODEL = ModelConfig(d_model=256, layers=4, heads=8, kv_heads=2, head_width=32, tie_embeddings=True)
 VOCAB_SIZE = 4096

@@ -18,8 +18,8 @@ from triweave.kernels.attention import attention
 from triweave.kernels.qk_norm_rope import qk_norm_rope
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.transformer_config import transformer_config
-from triweave.pretrain.layers import FeedForward, RMSNorm
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.layers import FeedForward, RMSNorm
 
 
 class Mlp(nn.Module):

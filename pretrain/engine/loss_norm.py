@@ -20,7 +20,7 @@ import dataclasses
 import numpy as np
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.pretrain.train_config import LossNorm
+from triweave.pretrain.engine.config import LossNorm
 
 DOCUMENT_POWER: dict[LossNorm, float] = {"global_tokens": 0.0, "global_square_root": 0.5, "global_documents": 1.0}
 """Power of N_d that a token's weight is divided by."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from triweave.kernels.rms_norm import rms_norm
 from triweave.kernels.swiglu import swiglu
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):

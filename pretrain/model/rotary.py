@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from triweave.kernels.reference import accumulation_dtype, rotary_table
-from triweave.pretrain.model_config import RopeScalingConfig
+from triweave.pretrain.model.config import RopeScalingConfig
 
 
 def rotate(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from triweave.pretrain.optimizer import TowerAdamW
-from triweave.pretrain.world import World
+from triweave.pretrain.engine.optimizer import TowerAdamW
+from triweave.pretrain.engine.world import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What a trainable parameter's fragment holds; a frozen parameter has its weight only."""

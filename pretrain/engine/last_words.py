@@ -13,8 +13,8 @@ import contextlib
 
 import torch.distributed as dist
 
+from triweave.pretrain.engine.world import AGREED
 from triweave.pretrain.errors import ParticipationError
-from triweave.pretrain.world import AGREED
 
 KEY = "triweave/last-words"
 

@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.pretrain.contrastive import (
+from triweave.pretrain.engine.participation import Window
+from triweave.pretrain.engine.world import World
+from triweave.pretrain.objectives.contrastive import (
     Loss,
     SegmentTable,
     bounded_scale_gradient,
@@ -31,9 +33,7 @@ from triweave.pretrain.contrastive import (
     live_segments,
     pair_blocks,
 )
-from triweave.pretrain.losses import LossSums
-from triweave.pretrain.participation import Window
-from triweave.pretrain.world import World
+from triweave.pretrain.objectives.losses import LossSums
 
 SCALE = 0
 """Place of the scale in the calibration (scale, bias)."""

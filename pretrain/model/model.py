@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from triweave.pretrain.batch import DeviceBatch
-from triweave.pretrain.decoder import Decoder, Modalities
 from triweave.pretrain.encoders.registry import build_tower
 from triweave.pretrain.encoders.tower import Tower
+from triweave.pretrain.engine.optimizer import tower_of
+from triweave.pretrain.engine.participation import tie_zero
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.fusion.cross import Media, MediaKeys
-from triweave.pretrain.heads import HEADS, ContrastiveHead, LanguageModelHead
-from triweave.pretrain.kv_cache import KeyValueCache
 from triweave.pretrain.late.text import LateText
-from triweave.pretrain.losses import LossSums, combine
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.decoder import Decoder, Modalities
+from triweave.pretrain.model.heads import HEADS, ContrastiveHead, LanguageModelHead
+from triweave.pretrain.model.kv_cache import KeyValueCache
 from triweave.pretrain.objectives.heads import MaskEmbedding
 from triweave.pretrain.objectives.joint_loss import JointLoss
-from triweave.pretrain.optimizer import tower_of
-from triweave.pretrain.participation import tie_zero
+from triweave.pretrain.objectives.losses import LossSums, combine
 
 RESIDUAL_WRITERS = ("attention.out.weight", "feed_forward.down.weight")
 """Ends of the names of matrices that add to the residual stream; their initial scale falls with depth."""

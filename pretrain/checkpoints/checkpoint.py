@@ -24,11 +24,11 @@ from triweave.pretrain.checkpoints.config import FOLDER, CheckpointConfig
 from triweave.pretrain.checkpoints.manifest import Checkpoint, read_checkpoint
 from triweave.pretrain.checkpoints.saver import CheckpointSaver
 from triweave.pretrain.checkpoints.stores import open_store
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import CheckpointError
-from triweave.pretrain.world import World
 
 if TYPE_CHECKING:
-    from triweave.pretrain.zero import Engine
+    from triweave.pretrain.engine.zero import Engine
 
 __all__ = [
     "FOLDER",

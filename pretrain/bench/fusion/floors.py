@@ -16,11 +16,11 @@ import numpy.typing as npt
 from sklearn.decomposition import PCA
 
 from triweave.data_pipeline.shards.schema import TEXT
+from triweave.pretrain.bench.fusion.task import FusionTask
 from triweave.pretrain.evaluation.classification import linear_probe
 from triweave.pretrain.evaluation.floors import SimpleFeatures, ridge_scores, text_features
 from triweave.pretrain.evaluation.metrics import best_ranks, chance_hits, hits
 from triweave.pretrain.evaluation.tasks import AUDIO, IMAGE
-from triweave.pretrain.fusion_bench.task import FusionTask
 
 COMPONENTS = 256
 BOTH = "image + audio"

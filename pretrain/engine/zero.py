@@ -23,23 +23,23 @@ from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.batch import to_device
-from triweave.pretrain.contrastive_window import ContrastiveFigures, ContrastiveWindow
+from triweave.pretrain.checkpoints.fragments import Fragment, fill_optimizer_state, fragments, publish_weights
+from triweave.pretrain.engine.config import deepspeed_config, offloads
+from triweave.pretrain.engine.last_words import last_words, leave_words
+from triweave.pretrain.engine.loss_norm import normalised
+from triweave.pretrain.engine.optimizer import TRUNK, build_adamw, freeze, group_parameters, tower_of
+from triweave.pretrain.engine.participation import TowerWatch, Window, announce, name_samples
+from triweave.pretrain.engine.schedule import learning_rate_factor
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import HealthError, NonFiniteError, ParticipationError, PretrainError
-from triweave.pretrain.flops import count_flops
-from triweave.pretrain.fragments import Fragment, fill_optimizer_state, fragments, publish_weights
 from triweave.pretrain.health.heartbeat import mark_phase, noted
 from triweave.pretrain.health.judge import HEALTHY, StepJudge, Verdict
-from triweave.pretrain.last_words import last_words, leave_words
-from triweave.pretrain.loss_norm import normalised
-from triweave.pretrain.losses import MODALITY_SLOTS, LossSums
+from triweave.pretrain.model.flops import count_flops
 from triweave.pretrain.objectives.balance import Decision, TaskBalance
+from triweave.pretrain.objectives.contrastive_window import ContrastiveFigures, ContrastiveWindow
+from triweave.pretrain.objectives.losses import MODALITY_SLOTS, LossSums
 from triweave.pretrain.objectives.rows import objective_weight
 from triweave.pretrain.objectives.window import CONTRASTIVE, LANGUAGE_MODEL, TaskFigures, TaskWindow, decide
-from triweave.pretrain.optimizer import TRUNK, build_adamw, freeze, group_parameters, tower_of
-from triweave.pretrain.participation import TowerWatch, Window, announce, name_samples
-from triweave.pretrain.schedule import learning_rate_factor
-from triweave.pretrain.train_config import deepspeed_config, offloads
-from triweave.pretrain.world import World
 
 if TYPE_CHECKING:
     from triweave.pretrain.config import RunConfig

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from triweave.data_pipeline.errors import DataError
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import CheckpointError, PretrainError
-from triweave.pretrain.world import World
 
 PATIENCE = timedelta(hours=6)
 """How long a rank that has written waits for the slowest one."""

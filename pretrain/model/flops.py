@@ -11,11 +11,11 @@ from triweave.data_pipeline.batch import PADDING_ID, TEXT_ID, PackedBatch, Paylo
 from triweave.pretrain.batch import read_by
 from triweave.pretrain.encoders.config import EncoderConfig
 from triweave.pretrain.encoders.flops import TowerFlops, tower_flops
+from triweave.pretrain.engine.optimizer import tower_of
 from triweave.pretrain.fusion.flops import cross_flops
-from triweave.pretrain.model_config import ModelConfig
+from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.objectives.flops import objective_flops
 from triweave.pretrain.open_models.flops import open_tower_flops
-from triweave.pretrain.optimizer import tower_of
 
 BACKWARD_PASSES = 2
 """A matrix product's backward is two products of its size."""

@@ -31,12 +31,12 @@ from triweave.pretrain.batch import kernel_tables
 from triweave.pretrain.checkpoints.config import CheckpointConfig
 from triweave.pretrain.checkpoints.saver import CheckpointSaver
 from triweave.pretrain.config import RunConfig
+from triweave.pretrain.engine.config import TrainConfig
+from triweave.pretrain.engine.world import open_world
+from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.model import MultimodalTransformer
-from triweave.pretrain.model_config import ModelConfig
-from triweave.pretrain.train_config import TrainConfig
-from triweave.pretrain.world import open_world
-from triweave.pretrain.zero import Engine
+from triweave.pretrain.model.config import ModelConfig
+from triweave.pretrain.model.model import MultimodalTransformer
 
 VOCAB_SIZE = 4096
 FAST_WRITER = {"checkpoint": {"writer": {"type": "fast", "decoupled": False, "data_parallel": "REPLICA"}}}

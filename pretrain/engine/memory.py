@@ -51,7 +51,10 @@ def tensor_bytes(*roots: Any) -> int:
     storages: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # a wrapper (of vmap's, say): the tensor inside has the bytes
+            return
         storages[storage.data_ptr()] = storage.nbytes()
 
     gc.collect()

@@ -29,11 +29,11 @@ import torch
 from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.pretrain.contrastive import live_segments
+from triweave.pretrain.engine.config import AbsentModality
+from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import ParticipationError
-from triweave.pretrain.losses import MODALITY_SLOTS, weight_by_modality
-from triweave.pretrain.train_config import AbsentModality
-from triweave.pretrain.world import World
+from triweave.pretrain.objectives.contrastive import live_segments
+from triweave.pretrain.objectives.losses import MODALITY_SLOTS, weight_by_modality
 
 NAMED_SAMPLES = 8
 """An error names at most this many samples of a micro-batch."""

@@ -56,6 +56,7 @@ EXTRAS = {
     # What `triweave bench loader --peers` measures; streaming wants older numpy and xxhash than constraints.txt has.
     "bench": ["megatron-energon>=7.4", "litdata>=0.2.76", "mosaicml-streaming>=0.13"],
     "interop": ["tokenizers>=0.21"],  # text of imported models, which have a tokenizer.json
+    "wandb": ["wandb>=0.31"],  # a run's figures in Weights & Biases beside the files
     "dev": [
         "ray>=2.50",  # the tests of the ray extra
         "pytest>=8",
@@ -73,6 +74,7 @@ EXTRAS = {
         "spacy>=3.8",  # the tests of the entities extra, with a pipeline of rules
         "av>=15",  # the tests of the video extra
         "datasets>=5",  # writes the folders that its source reads, and reads our shards
+        "wandb>=0.31",  # the tests of the wandb extra, offline
         "playwright>=1.60",  # drives the system's chromium in the tests of the viewer
         "tokenizers>=0.21",  # the tests of the interop extra
         "transformers>=5",  # the oracle of imported and exported models; nothing of ours imports it

@@ -24,7 +24,7 @@ class Payload:
     """The media items of one modality in a micro-batch, ragged, in row-major order of appearance.
 
     values: [sum(lengths), features] one payload row per media token (image: uint8 pixels of one patch in h, w, c order;
-        audio: float32 log-mel of `frames_per_token` frames, frame-major).
+        audio: float32 log-mel of `frames_per_token` frames, frame-major, or their samples).
     lengths: int32 [M] tokens of each item.
     grids: int32 [M, 3] (t, h, w) token grid of each item; their product is the length.
     token_index: int64 [sum(lengths)] flat position in B * S where each token's embedding goes.
@@ -100,6 +100,7 @@ class PackedBatch:
     row_weight: float32 [N] loss weight; 0 in fillers.
     row_modality: int8 [N] what the target follows: the modality of the latest media item before it in its document,
         TEXT_ID when there is none.
+    row_source: int16 [N] the source of its document, numbered as in `data.sources`.
     contrastive_group: int32 [B] group of plan rows whose spans are each other's negatives; -1 for zero-loss rows.
     payloads: modality name -> Payload; a modality that no row holds is absent.
     planned_tokens, actual_tokens: modality name -> tokens planned for, and really filled in (fillers are zero).
@@ -128,6 +129,7 @@ class PackedBatch:
     targets: npt.NDArray[np.int64]
     row_weight: npt.NDArray[np.float32]
     row_modality: npt.NDArray[np.int8]
+    row_source: npt.NDArray[np.int16]
     contrastive_group: npt.NDArray[np.int32]
     payloads: dict[str, Payload]
     planned_tokens: dict[str, int]

@@ -233,10 +233,12 @@ class DataConfig:
                     f"data.batch_caps.{name}={cap}: a single pack may hold {self.caps[name]}; raise it, or set "
                     f"data.packing.{name} to {cap} or less"
                 )
-            if self.packing.contrastive_share:
+            rows = self.packing.contrastive_group_rows
+            if self.packing.contrastive_share and cap < rows * self.caps[name]:
                 raise ConfigError(
-                    f"data.batch_caps.{name} and data.packing.contrastive_share do not go together: shorter steps "
-                    "would cut contrastive groups; set one of them to null or 0"
+                    f"data.batch_caps.{name}={cap}: a step holds whole contrastive groups, and one of {rows} packs may "
+                    f"hold {rows * self.caps[name]}; raise it, or lower data.packing.contrastive_group_rows or "
+                    f"data.packing.{name}"
                 )
 
     def _check_schedule(self) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from triweave.launch.errors import LauncherMissingError, LaunchError
-from triweave.launch.hostfile import Host, is_this_machine
+from triweave.launch.hostfile import Host, Place, is_this_machine
 from triweave.launch.machine import Machine
 
 SHELL_SAFE = re.compile(r"[\w@%+=:,./-]+")
@@ -35,12 +35,14 @@ class LaunchCommand:
     environment: variables set on top of the current ones.
     ranks: processes in all.
     remote_hosts: machines reached over ssh; empty for this machine alone.
+    places: where each rank runs, by its number; empty where nobody asks.
     """
 
     arguments: tuple[str, ...]
     ranks: int
     environment: Mapping[str, str] = field(default_factory=dict)
     remote_hosts: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
     def __str__(self) -> str:
         """Return the line that a shell would take."""
@@ -49,17 +51,28 @@ class LaunchCommand:
 
 
 def local_command(
-    training: Sequence[str], *, machine: Machine, ranks: int, port: int, script: Path | None = None
+    training: Sequence[str],
+    *,
+    machine: Machine,
+    ranks: int,
+    port: int,
+    script: Path | None = None,
+    host: Host | None = None,
 ) -> LaunchCommand:
     """Return the command that starts `ranks` ranks here.
 
-    training: arguments of the script, by default train.py.
+    training: arguments of the script, by default train.py. host: this machine with the slots to use, by default the
+    first ones.
 
     Each rank gets an equal share of the cores for its threads unless OMP_NUM_THREADS is set already.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, machine.cores // ranks))}
+    host = host or Host(name="localhost", slots=ranks)
+    places = tuple(Place(machine=host.name, slot=slot) for slot in host.taken[:ranks])
     if machine.cuda_devices:
-        where = ["--include", f"localhost:{','.join(machine.cuda_devices[:ranks])}"]
+        slots = {place.slot for place in places}
+        devices = ",".join(device for slot, device in enumerate(machine.cuda_devices) if slot in slots)
+        where = ["--include", f"localhost:{devices}"]
     else:
         where = ["--num_accelerators", str(ranks)]
         environment["DS_ACCELERATOR"] = "cpu"
@@ -67,6 +80,7 @@ def local_command(
         arguments=(find_deepspeed(), *where, *_common(port), str(script or train_script()), *training),
         environment=environment,
         ranks=ranks,
+        places=places,
     )
 
 
@@ -87,21 +101,22 @@ def hostfile_command(
     Raises LauncherMissingError without pdsh, LaunchError for an argument that a remote shell would take apart.
     """
     if len(hosts) == 1 and is_this_machine(hosts[0].name):
-        return local_command(training, machine=machine, ranks=hosts[0].slots, port=port)
+        return local_command(training, machine=machine, ranks=len(hosts[0].taken), port=port, host=hosts[0])
     if shutil.which("pdsh") is None:
         raise LauncherMissingError(
             "pdsh is not installed; starting ranks on other machines needs it (Debian: apt-get install pdsh)"
         )
     where = ["--hostfile", str(hostfile.resolve())]
     if tuple(hosts) != tuple(all_hosts):
-        where += ["--include", "@".join(f"{host.name}:{','.join(map(str, range(host.slots)))}" for host in hosts)]
+        where += ["--include", "@".join(f"{host.name}:{','.join(map(str, host.taken))}" for host in hosts)]
     if len(hosts) == 1:
         where.append("--force_multi")
     return LaunchCommand(
         arguments=(find_deepspeed(), *where, *_common(port), str(train_script()), *map(remote_argument, training)),
         environment={"PDSH_RCMD_TYPE": "ssh"},
-        ranks=sum(host.slots for host in hosts),
+        ranks=sum(len(host.taken) for host in hosts),
         remote_hosts=tuple(host.name for host in hosts),
+        places=tuple(Place(machine=host.name, slot=slot) for host in hosts for slot in host.taken),
     )
 
 

@@ -29,10 +29,25 @@ class Host:
 
     name: what ssh is called with.
     slots: ranks it takes, at least 1.
+    without: numbers of slots that are not used.
     """
 
     name: str
     slots: int
+    without: tuple[int, ...] = ()
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """Numbers of the slots that are used."""
+        return tuple(slot for slot in range(self.slots) if slot not in self.without)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank runs: a slot of a machine by its number."""
+
+    machine: str
+    slot: int
 
 
 def parse_hostfile(path: Path) -> tuple[Host, ...]:
@@ -77,8 +92,11 @@ def take_ranks(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
     taken: list[Host] = []
     for host in hosts:
         if ranks > 0:
-            taken.append(Host(name=host.name, slots=min(host.slots, ranks)))
-            ranks -= host.slots
+            slots = host.taken[:ranks]
+            last = slots[-1]
+            without = tuple(slot for slot in host.without if slot < last)
+            taken.append(Host(name=host.name, slots=last + 1, without=without))
+            ranks -= len(slots)
     return tuple(taken)
 
 

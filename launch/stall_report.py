@@ -28,7 +28,9 @@ def stall_report(run_dir: Path, beats: Mapping[int, Beat], *, ranks: int, still_
         lines.append(
             f"  no sign yet of rank {', '.join(map(str, missing))}: still importing, or waiting for the others"
         )
-    lines += _suspects(beats)
+    if suspects := behind(beats):
+        named = ", ".join(map(str, suspects))
+        lines.append(f"  behind the others, who wait for it in a collective: rank {named}")
     for rank in sorted(beats):
         frames = main_frames(read_stacks(run_dir, rank))
         if frames:
@@ -50,24 +52,32 @@ def main_frames(stacks: str) -> list[str]:
     return [f"{frame['function']} ({Path(frame['path']).name}:{frame['line']})" for frame in kept]
 
 
-def _suspects(beats: Mapping[int, Beat]) -> list[str]:
-    """Name the ranks that have entered fewer collectives than others: these wait for them."""
+def behind(beats: Mapping[int, Beat]) -> list[int]:
+    """Return the ranks that have entered fewer collectives than others: these wait for them."""
     counts = {rank: beat.collectives for rank, beat in beats.items()}
     if len(set(counts.values())) < 2:
         return []
     fewest = min(counts.values())
-    behind = ", ".join(str(rank) for rank in sorted(counts) if counts[rank] == fewest)
-    return [f"  behind the others, who wait for it in a collective: rank {behind}"]
+    return [rank for rank in sorted(counts) if counts[rank] == fewest]
 
 
 def _row(beat: Beat) -> tuple[str, ...]:
     collective = f"{beat.collective or 'none'} (number {beat.collectives}{', in it' if beat.waiting else ''})"
     moved = f"{max(0.0, time.time() - beat.time_s):.0f} s ago"
-    return (str(beat.rank), beat.host, str(beat.pid), str(beat.step), beat.phase, collective, moved, _state(beat))
+    return (
+        str(beat.rank),
+        beat.host,
+        str(beat.pid),
+        str(beat.step),
+        beat.phase,
+        collective,
+        moved,
+        process_state(beat),
+    )
 
 
-def _state(beat: Beat) -> str:
-    """Return what the process is doing, where it is one of this machine."""
+def process_state(beat: Beat) -> str:
+    """Return what the process is doing in a word, `gone` or `dead` when it has ended; empty on another machine."""
     if beat.host != socket.gethostname():
         return ""
     try:

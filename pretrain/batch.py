@@ -19,6 +19,7 @@ from triweave.pretrain.encoders.tables import ItemTables, heads_config, readers
 from triweave.pretrain.fusion.arrangement import MediaAxis, for_cross, for_mmca
 from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.model.config import LayoutConfig, ModelConfig
+from triweave.pretrain.objectives.losses import loss_slots
 
 ENCODER_TILES = "encoder_tiles"
 """Key of PackedBatch.extra under which `KernelTables` leaves those of the encoders, by modality and reader."""
@@ -48,6 +49,8 @@ class DevicePayload:
     token_index: Tensor
     tiles: dict[str, dict[str, Tensor]] | None = None
     """Tables of the attentions within its encoder (`ItemTables`), by who reads them; none where it came without."""
+    here: Tensor | None = None
+    """int64 [L] which tokens have a place in this rank's slice of the rows, those of token_index; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,7 @@ class DeviceBatch:
     """One micro-batch on a device; fields, shapes and sentinels as in `data_pipeline.batch.PackedBatch`.
 
     For cross-attention the fields are those of the text and its tags (`fusion.arrangement`): R takes the place of S.
+    Of a rank's slice of the rows (`engine.slices`) kv_lo, kv_hi and tiles are those of the whole rows.
     payloads keeps the order of PackedBatch; the model goes through its own towers in their fixed order.
     tiles: tables of the self-attention, each where it is read; None where the batch came without (`KernelTables`).
     layout, arrangement: what the fields follow; the model refuses others than its own.
@@ -88,6 +92,7 @@ class DeviceBatch:
     cached_modality: int [B, T] modality of the keys, where they are not the batch's own: while decoding with mmca.
     segment_index: int64 [L] flat positions in B * S of the C one-span segments, one segment after the other.
     segment_lengths, segment_modality: int64 [C] positions and modality of each; their lengths sum to L.
+    row_slot: int64 [N] where each supervised position is counted (`objectives.losses.loss_slots`) among `sources`.
     objectives: what `objectives.rows` has made for the heads beside those two. masked_index: int64 [M] flat positions
         that the model must not see.
     """
@@ -100,7 +105,7 @@ class DeviceBatch:
     row_index: Tensor
     targets: Tensor
     row_weight: Tensor
-    row_modality: Tensor
+    row_slot: Tensor
     contrastive_group: Tensor
     segment_index: Tensor
     segment_lengths: Tensor
@@ -117,6 +122,7 @@ class DeviceBatch:
     cached_modality: Tensor | None = None
     objectives: dict[str, DeviceRows] = field(default_factory=dict)
     masked_index: Tensor | None = None
+    sources: int = 1
 
     def rows_of(self, objective: str, features: int | None = None) -> DeviceRows:
         """Return an objective's rows, none where the batch came without; features: numbers of one of its targets."""
@@ -292,8 +298,8 @@ def arrange(batch: PackedBatch, layout: LayoutConfig) -> PackedBatch:
     return replace(batch, positions=positions, kv_hi=kv_hi)
 
 
-def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
-    """Copy a micro-batch to a device.
+def to_device(batch: PackedBatch, device: torch.device | str, *, sources: int = 1) -> DeviceBatch:
+    """Copy a micro-batch to a device. sources: of the run, whose losses are told apart where there are several.
 
     On CUDA the copy goes through pinned memory and overlaps with the host; on CPU tensors share the arrays' memory
     where those are writeable and contiguous, so the arrays must not be changed afterwards.
@@ -305,7 +311,7 @@ def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
             values=_move(payload.values, target),
             lengths=_move(payload.lengths, target),
             grids=_move(payload.grids, target),
-            token_index=_move(read.payloads[name].token_index, target),
+            **_places(read.payloads[name].token_index, target),
             tiles={
                 reader: move_tables(tables, target)
                 for reader, tables in batch.extra.get(ENCODER_TILES, {}).get(name, {}).items()
@@ -325,7 +331,8 @@ def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
         row_index=_move(read.row_index, target),
         targets=_move(batch.targets, target),
         row_weight=_move(batch.row_weight, target),
-        row_modality=_move(batch.row_modality, target),
+        row_slot=_move(loss_slots(batch, sources), target),
+        sources=sources,
         contrastive_group=_move(batch.contrastive_group, target),
         segment_index=_move(np.concatenate([np.empty(0, np.int64), *spans]), target),
         segment_lengths=_move(segments.lengths.astype(np.int64), target),
@@ -356,6 +363,14 @@ def to_device(batch: PackedBatch, device: torch.device | str) -> DeviceBatch:
 def move_tables(tables: Mapping[str, npt.NDArray[np.int32]], device: torch.device) -> dict[str, Tensor]:
     """Return the attention's tables as tensors where they are read."""
     return {name: _move(table, torch.device("cpu") if name in ON_CPU else device) for name, table in tables.items()}
+
+
+def _places(token_index: npt.NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
+    """Return `token_index` of the tokens that have a place, and `here`, which they are, unless all have one."""
+    if (token_index >= 0).all():
+        return {"token_index": _move(token_index, device)}
+    here = np.flatnonzero(token_index >= 0)
+    return {"token_index": _move(token_index[here], device), "here": _move(here, device)}
 
 
 def _moved(batch: PackedBatch, key: str, device: torch.device) -> dict[str, Tensor] | None:

@@ -81,9 +81,41 @@ class RunConfig:
         for part in self.init_from:
             if part not in INIT_PARTS:
                 raise PretrainError(f"init_from.{part}: unknown key; known: {', '.join(INIT_PARTS)}")
+        if self.train.compile and self.model.attention in ("flex", "flash"):
+            raise PretrainError(
+                f"train.compile is true and model.attention is {self.model.attention!r}, whose kernels the compiler "
+                "cannot take as one operation; set model.attention=auto, or train.compile=false"
+            )
+        if self.train.compile and self.train.sequence_parallel > 1:
+            raise PretrainError(
+                f"train.compile is true and train.sequence_parallel is {self.train.sequence_parallel}, whose blocks "
+                "exchange heads in their middle; set one of them to its default"
+            )
         self._check_objectives()
         if self.model.objectives.get("contrastive"):
             self._check_contrastive()
+        if self.train.sequence_parallel > 1:
+            self._check_sequence_parallel()
+
+    def _check_sequence_parallel(self) -> None:
+        """Raise PretrainError where something reads what lies in other ranks' slices of the rows."""
+        ranks, model = self.train.sequence_parallel, self.model
+        asked = f"train.sequence_parallel is {ranks}"
+        if model.heads < ranks:
+            raise PretrainError(
+                f"{asked} but model.heads is {model.heads}, so some ranks would have none; use at most {model.heads}"
+            )
+        # late fusion joins objectives over items, so it is among these
+        if others := [name for name in model.objective_names if name != "language_model"]:
+            raise PretrainError(
+                f"{asked} but model.objectives has {others[0]}, whose rows reach over slices; set "
+                f"train.sequence_parallel=1, or remove {others[0]}"
+            )
+        if self.train.absent_modality == "align":
+            raise PretrainError(
+                f"{asked} but train.absent_modality is align, and slices of one row hold unlike media; set "
+                "train.absent_modality to skip, or train.sequence_parallel=1"
+            )
 
     def _check_objectives(self) -> None:
         """Raise PretrainError where the data lacks what an objective learns from, or the schedule of tasks is none."""
@@ -135,14 +167,20 @@ class RunConfig:
             )
 
     def check_world(self, world_size: int) -> None:
-        """Raise PretrainError where `world_size` ranks cannot all get a row of every step."""
-        rows = self.train.global_batch_rows
+        """Raise PretrainError where `world_size` ranks make no whole groups, or cannot all get a row of every step."""
+        rows, together = self.train.global_batch_rows, self.train.sequence_parallel
         if world_size < 1:
             raise PretrainError(f"{world_size} ranks asked for; start at least 1")
-        if rows < world_size:
+        if world_size % together:
+            raise PretrainError(
+                f"{world_size} ranks are no multiple of train.sequence_parallel={together}; start "
+                f"{world_size - world_size % together or together}, or set train.sequence_parallel to a divisor of "
+                f"{world_size}"
+            )
+        if rows * together < world_size:
             raise PretrainError(
                 f"{world_size} ranks but train.global_batch_rows is {rows}, so some would have no rows; "
-                f"start at most {rows} or set train.global_batch_rows={world_size}"
+                f"start at most {rows * together} or set train.global_batch_rows={world_size // together}"
             )
 
 

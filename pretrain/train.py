@@ -15,17 +15,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
-from triweave.data_pipeline.stream.stalls import StallMeter
-from triweave.data_pipeline.stream.state import StreamState
+from triweave.data_pipeline.stream.loader import StepWindow
 from triweave.kernels.errors import KernelError
-from triweave.pretrain.batch import kernel_tables
-from triweave.pretrain.checkpoints.checkpoint import Checkpoint, CheckpointSaver
+from triweave.pretrain.checkpoints.checkpoint import CheckpointSaver
 from triweave.pretrain.config import RunConfig, load_config, to_yaml
 from triweave.pretrain.engine.world import (
     AGREED,
@@ -41,12 +39,34 @@ from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.health.heartbeat import Heartbeat, mark_phase
 from triweave.pretrain.health.recovery import ends_noted, note_stop, recover
-from triweave.pretrain.health.signals import REQUEUE, catch_stop_signals, fail_if_asked, poison_if_asked
-from triweave.pretrain.objectives.rows import objective_stages
-from triweave.pretrain.start import build_model, check_run, find_checkpoint, open_heartbeat, open_ledger
+from triweave.pretrain.health.signals import REQUEUE, catch_stop_signals, fail_if_asked
+from triweave.pretrain.ledger.consumed import ConsumedLedger
+from triweave.pretrain.start import (
+    build_engine,
+    build_loader,
+    check_run,
+    find_checkpoint,
+    go_on,
+    open_heartbeat,
+    open_ledger,
+    open_telemetry,
+)
 from triweave.pretrain.telemetry import Telemetry
 
 USER_ERRORS = (PretrainError, DataError, KernelError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the steps of a run work with, in one rank. stop: filled by the signals that end the run."""
+
+    config: RunConfig
+    engine: Engine
+    heartbeat: Heartbeat
+    ledger: ConsumedLedger
+    telemetry: Telemetry
+    saver: CheckpointSaver
+    stop: Sequence[signal.Signals]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,81 +109,65 @@ def _train(
     config: RunConfig, world: World, heartbeat: Heartbeat, stop: Sequence[signal.Signals], *, resume: bool
 ) -> bool:
     checkpoint = find_checkpoint(config, world) if resume else None
-    loader = world.together(lambda: _build_loader(config, world, checkpoint))
-    engine = world.together(lambda: _build_engine(config, world, loader, checkpoint))
+    loader = world.together(lambda: build_loader(config, world, checkpoint))
+    engine = world.together(lambda: build_engine(config, world, loader, checkpoint))
     if checkpoint:
-        checkpoint.load_into(engine)
-        engine.judge.restore(checkpoint.state["health"])
-        engine.balance.restore(checkpoint.state["balance"])
+        go_on(engine, config, checkpoint)
     with (
         open_ledger(config, world, checkpoint) as ledger,
-        _open_telemetry(config, engine) as telemetry,
+        world.together(lambda: open_telemetry(config, engine)) as telemetry,
         CheckpointSaver(engine, config.checkpoint, config.run_dir) as saver,
     ):
-        for window, data_wait_s in _windows(loader, engine, heartbeat, steps=config.train.steps):
-            result = engine.train_window(window.micro_batches, data_wait_s=data_wait_s)
-            ledger.write(result.step, window.micro_batches, skipped=result.verdict.reason)
-            ledger.write_decision(result.decision)
-            telemetry.step(result, window.load, saver.news())
-            if result.verdict.action == "roll_back":
-                saver.finish()
-            put_back = recover(result, config, engine, ledger, telemetry)
-            fail_if_asked(result.step, rank=world.rank, attempt=ledger.attempt)
-            stopping = world.agree(saver.failure, stop=bool(stop))
-            if stopping or put_back or config.checkpoint.due(result.step, config.train.steps):
-                mark_phase("save")
-                state = {
-                    "stream": window.state.to_json(),
-                    "attempt": ledger.attempt,
-                    "health": engine.judge.state(),
-                    "balance": engine.balance.state(),
-                }
-                saver.save(state=state, config_yaml=to_yaml(config))
-            if stopping and result.step < config.train.steps:
-                saver.finish()
-                note_stop(config, engine, telemetry, stop)
-                return False
+        run = Run(
+            config=config,
+            engine=engine,
+            heartbeat=heartbeat,
+            ledger=ledger,
+            telemetry=telemetry,
+            saver=saver,
+            stop=stop,
+        )
+        return run_steps(run, iter(loader), until=config.train.steps)
+
+
+def run_steps(run: Run, stream: Iterator[StepWindow], *, until: int) -> bool:
+    """Train on the windows of a stream until step `until` is done; return False where a signal has ended it before.
+
+    What every step of a run does, in its order; collective.
+    """
+    config, engine, ledger, telemetry, saver = run.config, run.engine, run.ledger, run.telemetry, run.saver
+    for window, data_wait_s in _windows(stream, engine, run.heartbeat, until=until):
+        result = engine.train_window(window.micro_batches, data_wait_s=data_wait_s)
+        ledger.write(result.step, window.micro_batches, skipped=result.verdict.reason)
+        ledger.write_decision(result.decision)
+        telemetry.step(result, window.load, saver.news())
+        if result.verdict.action == "roll_back":
+            saver.finish()
+        put_back = recover(result, config, engine, ledger, telemetry)
+        fail_if_asked(result.step, rank=engine.world.rank, attempt=ledger.attempt)
+        stopping = engine.world.agree(saver.failure, stop=bool(run.stop))
+        if stopping or put_back or config.checkpoint.due(result.step, config.train.steps):
+            mark_phase("save")
+            state = {
+                "stream": window.state.to_json(),
+                "attempt": ledger.attempt,
+                "health": engine.judge.state(),
+                "balance": engine.balance.state(),
+                "loss_scale": engine.loss_scale.state(),
+            }
+            saver.save(state=state, config_yaml=to_yaml(config))
+        if stopping and result.step < config.train.steps:
+            saver.finish()
+            note_stop(config, engine, telemetry, run.stop)
+            return False
     return True
 
 
-def _build_loader(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> StepLoader:
-    return StepLoader(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        global_batch_rows=config.train.global_batch_rows,
-        micro_batch_rows=config.train.micro_batch_rows,
-        state=StreamState.from_json(checkpoint.state["stream"]) if checkpoint else None,
-        post_pack=kernel_tables(config.model, world.device, config.train.dtype),
-        stages=objective_stages(config.model, seed=config.data.seed),
-    )
-
-
-def _build_engine(config: RunConfig, world: World, loader: StepLoader, checkpoint: Checkpoint | None) -> Engine:
-    model = build_model(config, world, loader, checkpoint)
-    torch.manual_seed(config.seed + world.rank)
-    engine = Engine(model, config, world, accumulation=loader.accumulation)
-    poison_if_asked(engine)
-    return engine
-
-
-def _open_telemetry(config: RunConfig, engine: Engine) -> Telemetry:
-    return Telemetry(
-        config.run_dir,
-        rank=engine.world.rank,
-        first_step=engine.step + 1,
-        total_steps=config.train.steps,
-        every_steps=config.train.log_every_steps,
-        stalls=StallMeter.of(config.data),
-    )
-
-
 def _windows(
-    loader: StepLoader, engine: Engine, heartbeat: Heartbeat, *, steps: int
+    stream: Iterator[StepWindow], engine: Engine, heartbeat: Heartbeat, *, until: int
 ) -> Iterator[tuple[StepWindow, float]]:
-    """Yield the windows up to step `steps` and the seconds each was waited for; what one rank cannot read ends all."""
-    stream = iter(loader)
-    while engine.step < steps:
+    """Yield the windows up to step `until` and the seconds each was waited for; what one rank cannot read ends all."""
+    while engine.step < until:
         heartbeat.begin(engine.step)
         yield engine.world.together(partial(_timed_next, stream))
 

@@ -24,12 +24,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from triweave.data_pipeline.bench.contenders.registry import OWN, PEERS
-from triweave.data_pipeline.bench.subset import copy_first_samples
+from triweave.data_pipeline.bench.contenders.registry import FROM_STORE, OWN, PEERS
+from triweave.data_pipeline.bench.subset import copied_to_store, copy_first_samples
 from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.text.token_counts import write_token_counts
@@ -45,8 +45,9 @@ class BenchRow:
 
     samples_per_cpu_s: the same per second of processor time: what a core gives on a machine that is shared.
     ratio_to_bare_decode: samples/s over those of the bare functions; the median of the ratios within each repeat.
-    first_batch_s: from nothing to the first pack of the full work. resume_s_at_*: from a saved state to the pack behind
-        it; None for the raw work, which makes no packs.
+    first_batch_s: from nothing to the first pack of the full work; first_batch_from_store_s: the same from an object
+        store and an empty cache, None without one and for loaders that are not measured there.
+    resume_s_at_*: from a saved state to the pack behind it; None for the raw work, which makes no packs.
     seconds: of each repeat.
     """
 
@@ -58,6 +59,7 @@ class BenchRow:
     samples_per_cpu_s: float | None = None
     ratio_to_bare_decode: float | None = None
     first_batch_s: float | None = None
+    first_batch_from_store_s: float | None = None
     resume_s_at_0: float | None = None
     resume_s_at_50: float | None = None
     resume_s_at_99: float | None = None
@@ -67,7 +69,10 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure. python: interpreter of all loaders' processes, so that peers can have an environment."""
+    """What to measure. python: interpreter of all loaders' processes, so that peers can have an environment.
+
+    store: s3://BUCKET/PREFIX below which the samples of the full work are kept for the time of the run; None: no store.
+    """
 
     peers: tuple[str, ...] = ("webdataset",)
     raw_samples: int = 50_000
@@ -75,6 +80,7 @@ class BenchOptions:
     repeats: int = 7
     sequence_length: int = 4096
     python: str = sys.executable
+    store: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts below 1 and peers that nobody knows."""
@@ -96,7 +102,7 @@ def bench_loader(
 ) -> list[BenchRow]:
     """Measure all loaders; `progress` is told what is measured.
 
-    Raises DataError where shards or tokenizer cannot be read.
+    Raises DataError where shards or tokenizer cannot be read, or the store cannot be written.
     """
     manifest = Manifest.load(shards)
     rows: list[BenchRow] = []
@@ -105,7 +111,12 @@ def bench_loader(
             progress(f"copying {min(count, manifest.samples)} samples for the {work} work")
             subset = copy_first_samples(manifest, Path(folder) / "shards", count)
             write_token_counts(subset, tokenizer)
-            rows += _measure(work, subset, tokenizer, options, Path(folder), progress)
+            with ExitStack() as stack:
+                store = ""
+                if work == "full" and options.store is not None:
+                    progress(f"copying them to {options.store}")
+                    store = stack.enter_context(copied_to_store(subset, options.store))
+                rows += _measure(work, subset, tokenizer, replace(options, store=store), Path(folder), progress)
     return rows
 
 
@@ -133,6 +144,7 @@ class LoaderProcess:
             "sequence_length": options.sequence_length,
             "samples": subset.samples,
             "folder": str(own),
+            "store": options.store,
         }
         self.version = str(self._ask(content)["version"])
 
@@ -193,7 +205,7 @@ def _measure(
                 try:
                     runs[name].append(running[name].call(work))
                     if work == "full" and repeat == options.repeats - 1:
-                        starts[name] = _start_times(running[name], options.repeats)
+                        starts[name] = _start_times(running[name], options)
                 except PeerFailedError as error:
                     failed[name] = str(error)
                     del running[name]
@@ -210,9 +222,16 @@ def _turns(names: list[str], repeat: int) -> list[str]:
     return names if repeat % 2 == 0 else names[::-1]
 
 
-def _start_times(process: LoaderProcess, repeats: int) -> dict[str, float]:
-    """Return medians of the time to the first pack, from nothing and behind each share of an epoch."""
+def _start_times(process: LoaderProcess, options: BenchOptions) -> dict[str, float]:
+    """Return medians of the time to the first pack, from nothing, from the store, behind each share of an epoch."""
+    repeats = options.repeats
     times = {"first_batch_s": statistics.median(process.call("first_batch")["seconds"] for _ in range(repeats))}
+    if options.store and process.name in FROM_STORE:
+        seconds = []
+        for _ in range(repeats):
+            process.call("prepare_store")
+            seconds.append(process.call("first_batch_from_store")["seconds"])
+        times["first_batch_from_store_s"] = statistics.median(seconds)
     for name, share in RESUME_SHARES.items():
         process.call("prepare_resume", share=share)
         times[name] = statistics.median(process.call("resume")["seconds"] for _ in range(repeats))

@@ -1,6 +1,6 @@
 """The process a loader is measured in: one line of JSON in, one line out, until its input ends.
 
-    {"contender", "shards", "tokenizer", "sequence_length", "samples", "folder"}  ->  {"version"} or {"error"}
+    {"contender", "shards", "tokenizer", "sequence_length", "samples", "folder", "store"}  ->  {"version"} or {"error"}
     {"do": "raw"}, {"do": "resume"}, {"do": "prepare_resume", "share": 0.5}, ...  ->  {"seconds", "cpu_s", "result"}
 
 What a library prints goes to stderr.
@@ -35,6 +35,7 @@ def serve(replies: TextIO) -> None:
         ),
         samples=request["samples"],
         folder=Path(request["folder"]),
+        store=request["store"],
     )
     package = CONTENDERS[request["contender"]].package
     try:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow.parquet as pq
 
 from triweave.data_pipeline.machine import processor_name
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest, ShardEntry, file_xxh3, write_manifest
+from triweave.data_pipeline.storage.client import client_of
 from triweave.data_pipeline.storage.files import read_range
+from triweave.data_pipeline.storage.location import object_location
 
 TAR_END = bytes(1024)
 
@@ -57,3 +62,21 @@ def copy_first_samples(manifest: Manifest, out: Path, count: int) -> Manifest:
         )
     write_manifest(replace(manifest, root=out, shards=tuple(entries)))
     return Manifest.load(out)
+
+
+@contextmanager
+def copied_to_store(subset: Manifest, url: str) -> Iterator[str]:
+    """Copy the files of a subset to a new prefix below `url`, yield that, and remove them afterwards.
+
+    Raises StorageError.
+    """
+    target = object_location(url).child(f"bench-{uuid4().hex[:12]}")
+    client = client_of(target.bucket)
+    files = sorted(path for path in subset.root.iterdir() if path.is_file())
+    try:
+        for path in files:
+            client.put(target.child(path.name).key, path, file_xxh3(path), "overwrite")
+        yield str(target)
+    finally:
+        for path in files:
+            client.delete(target.child(path.name).key)

@@ -6,6 +6,7 @@
     audio: resampled = round(samples * audio_rate_hz / rate)
            frames    = 1 + max(0, resampled - window) // hop          (a clip shorter than a window is one frame)
            grid      = (ceil(frames / audio_frames_per_token), 1, 1)
+           of samples instead of log-mel frames: frames = ceil(resampled / hop)
 
 `round` is floor(x + 1/2). Planning, packing and decoding all use these functions, so a plan can never disagree with a
 decoded payload.
@@ -17,12 +18,15 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from triweave.data_pipeline.errors import DataError
 
+Int = npt.NDArray[np.int64]
 Grid = tuple[int, int, int]
 """(t, h, w) token grid of a media item; their product is its number of tokens."""
 
@@ -61,6 +65,9 @@ class MediaGeometry:
     """Length of one analysis window."""
     audio_hop_ms: int = 10
     """Distance between the starts of two windows."""
+    audio_features: Literal["log_mel", "samples"] = "log_mel"
+    """What a frame of an audio token holds: one log-mel spectrum, or the samples of one hop for encoders that make a
+    spectrogram of their own (Whisper)."""
     audio_frames_per_token: int = 8
     """Consecutive frames that make one audio token; 8 at a 10 ms hop are 12.5 tokens a second."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -117,11 +124,40 @@ def resampled_length(samples: int, rate: int, target_rate: int) -> int:
 
 
 def audio_frames(info: MediaInfo, geometry: MediaGeometry) -> int:
-    """Return the log-mel frames of a clip: the module's formula, always at least 1."""
+    """Return the frames of a clip: the module's formula, always at least 1."""
     resampled = resampled_length(info.samples, info.rate, geometry.audio_rate_hz)
+    if geometry.audio_features == "samples":
+        return -(-resampled // geometry.audio_hop_samples)
     return 1 + max(0, resampled - geometry.audio_window_samples) // geometry.audio_hop_samples
 
 
 def audio_grid(info: MediaInfo, geometry: MediaGeometry) -> Grid:
     """Return (t, 1, 1) of a clip: the module's formula."""
     return -(-audio_frames(info, geometry) // geometry.audio_frames_per_token), 1, 1
+
+
+def image_grids(infos: Int, geometry: MediaGeometry) -> Int:
+    """Return `image_grid` of many pictures, int64 [N, 3]; infos [N, 4] has the fields of MediaInfo."""
+    width, height = infos[:, 0], infos[:, 1]
+    patch, most = geometry.image_patch_px, geometry.image_max_tokens
+    scale = np.minimum(1.0, np.sqrt(most * patch * patch / (width * height)))
+    rows = np.maximum(1, np.floor(height * scale / patch + 0.5).astype(np.int64))
+    columns = np.maximum(1, np.floor(width * scale / patch + 0.5).astype(np.int64))
+    over, tall = rows * columns > most, rows > columns
+    shorter = np.minimum(np.minimum(rows, columns), most)
+    longer = most // shorter
+    cut_rows, cut_columns = np.where(tall, longer, shorter), np.where(tall, shorter, longer)
+    return np.stack([np.ones_like(rows), np.where(over, cut_rows, rows), np.where(over, cut_columns, columns)], axis=1)
+
+
+def audio_grids(infos: Int, geometry: MediaGeometry) -> Int:
+    """Return `audio_grid` of many clips, int64 [N, 3]; infos [N, 4] has the fields of MediaInfo."""
+    samples, rate = infos[:, 2], infos[:, 3]
+    resampled = np.maximum(1, (2 * samples * geometry.audio_rate_hz + rate) // (2 * rate))
+    hop = geometry.audio_hop_samples
+    if geometry.audio_features == "samples":
+        frames = -(-resampled // hop)
+    else:
+        frames = 1 + np.maximum(0, resampled - geometry.audio_window_samples) // hop
+    tokens = -(-frames // geometry.audio_frames_per_token)
+    return np.stack([tokens, np.ones_like(tokens), np.ones_like(tokens)], axis=1)

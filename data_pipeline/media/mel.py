@@ -33,10 +33,11 @@ Frames = npt.NDArray[np.float32]
 """float32 [frames, mel_bins]."""
 
 
-def log_mel(waveform: npt.NDArray[np.float32], geometry: MediaGeometry) -> Frames:
+def log_mel(waveform: npt.NDArray[np.float32], geometry: MediaGeometry, out: Frames | None = None) -> Frames:
     """Return the log-mel frames of float32 [samples] at `audio_rate_hz`: float32 [frames, mel_bins].
 
     frames = 1 + max(0, samples - window) // hop; a signal shorter than a window is padded with zeros to one.
+    out: rows to write them to, of which the first `frames` are returned; None: new ones.
     """
     window, hop = geometry.audio_window_samples, geometry.audio_hop_samples
     if len(waveform) < window:
@@ -45,7 +46,7 @@ def log_mel(waveform: npt.NDArray[np.float32], geometry: MediaGeometry) -> Frame
     window_weights = _povey_window(window)
     transform_length = 1 << (window - 1).bit_length()
     filterbank = _mel_filterbank(geometry.audio_rate_hz, transform_length, geometry.audio_mel_bins)
-    result = np.empty((len(views), geometry.audio_mel_bins), np.float32)
+    result = np.empty((len(views), geometry.audio_mel_bins), np.float32) if out is None else out[: len(views)]
     for first in range(0, len(views), _BLOCK_FRAMES):
         block = views[first : first + _BLOCK_FRAMES]
         block = block - block.mean(axis=1, keepdims=True)
@@ -60,14 +61,22 @@ def log_mel(waveform: npt.NDArray[np.float32], geometry: MediaGeometry) -> Frame
     return result
 
 
-def log_mel_tokens(waveform: npt.NDArray[np.float32], geometry: MediaGeometry) -> npt.NDArray[np.float32]:
-    """Return float32 [tokens, frames_per_token * mel_bins], frame-major; LOG_MEL_FLOOR fills up the last token."""
-    frames = log_mel(waveform, geometry)
-    per_token = geometry.audio_frames_per_token
-    tokens = -(-len(frames) // per_token)
-    filled = np.full((tokens * per_token, geometry.audio_mel_bins), LOG_MEL_FLOOR, np.float32)
-    filled[: len(frames)] = frames
-    return filled.reshape(tokens, per_token * geometry.audio_mel_bins)
+def log_mel_tokens(
+    waveform: npt.NDArray[np.float32], geometry: MediaGeometry, out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Return float32 [tokens, frames_per_token * mel_bins], frame-major; LOG_MEL_FLOOR fills up the last token.
+
+    out: where to write them. Raises ValueError where it has another shape.
+    """
+    per_token, bins = geometry.audio_frames_per_token, geometry.audio_mel_bins
+    frames = 1 + max(0, len(waveform) - geometry.audio_window_samples) // geometry.audio_hop_samples
+    tokens = -(-frames // per_token)
+    if out is None:
+        out = np.empty((tokens, per_token * bins), np.float32)
+    rows = out.reshape(tokens * per_token, bins)
+    log_mel(waveform, geometry, rows)
+    rows[frames:] = LOG_MEL_FLOOR
+    return out
 
 
 @functools.lru_cache(maxsize=8)

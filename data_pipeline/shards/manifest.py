@@ -94,6 +94,8 @@ class Manifest:
             advice = f"push shards there with `triweave push SHARDS {shown(root)}`, or start that again to finish it"
         else:
             advice = "the build did not finish; run it again"
+            if root.is_dir() and next(root.glob("shard-*.tar"), None) is None:
+                advice = "this is no shard folder; give the --out of a `triweave build` that has finished"
             if not root.is_dir():
                 raise DataError(f"no shard folder at {root}: build one with `triweave build --out {root} ...`")
         path = shown(root / MANIFEST_NAME)

@@ -25,6 +25,7 @@ from triweave.data_pipeline.shards.build import BuildOptions, build, build_finge
 from triweave.data_pipeline.shards.index import IndexRow, read_index
 from triweave.data_pipeline.shards.ledger import read_ledger
 from triweave.data_pipeline.shards.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, file_xxh3, sync_folder
+from triweave.data_pipeline.shards.reindex import stored_samples
 from triweave.data_pipeline.shards.row_encoder import RowEncoder
 from triweave.data_pipeline.shards.verify import VerifyReport, shard_files, verify
 from triweave.data_pipeline.shards.writer import EncodedSample, ShardWriter
@@ -141,12 +142,17 @@ class _Repair:
         self.samples_encoded += len(kept) - copied
 
     def _whole_samples(self, number: int, samples: int) -> Iterator[EncodedSample | None]:
-        """Yield each sample of a shard that its index finds whole in the old tar, None for the others."""
-        path = self._manifest.index_path(number)
-        tar = self._manifest.tar_path(number)
-        usable = path.is_file() and file_xxh3(path) == self._manifest.shards[number].index_xxh3 and tar.is_file()
-        if not usable:
+        """Yield each sample of a shard that is whole in the old tar, by its index or by the tar's own hash.
+
+        None for the others.
+        """
+        entry = self._manifest.shards[number]
+        path, tar = self._manifest.index_path(number), self._manifest.tar_path(number)
+        if not tar.is_file():
             yield from [None] * samples
+            return
+        if not (path.is_file() and file_xxh3(path) == entry.index_xxh3):
+            yield from stored_samples(tar) if file_xxh3(tar) == entry.tar_xxh3 else [None] * samples
             return
         with open(tar, "rb") as file:
             for content in read_index(self._manifest, number).to_pylist():

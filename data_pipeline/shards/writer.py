@@ -70,7 +70,7 @@ def encode_sample(key: str, document: Document) -> EncodedSample:
         part_offset.append(_append(blocks, f"{key}.{part.member}", part.data, offset))
         offset = part_offset[-1] + _padded(len(part.data))
     data = b"".join(blocks)
-    return EncodedSample(data=data, row=_index_row(key, document, data, json_offset, len(description), part_offset))
+    return EncodedSample(data=data, row=index_row(key, document, data, json_offset, len(description), part_offset))
 
 
 def _with_member(part: Part, position: int) -> Part:
@@ -88,9 +88,13 @@ def _padded(size_bytes: int) -> int:
     return -(-size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _index_row(
+def index_row(
     key: str, document: Document, data: bytes, json_offset: int, json_size: int, part_offset: list[int]
 ) -> IndexRow:
+    """Return the index row of a sample that starts at 0; data: the tar bytes of its members.
+
+    document: its media parts as the JSON has them. part_offset: start of each part's bytes, -1 for text.
+    """
     parts = document.parts
     media = [part.info if isinstance(part, MediaPart) else None for part in parts]
     return IndexRow(

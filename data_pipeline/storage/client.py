@@ -155,6 +155,12 @@ class ObjectClient:
 
         return self._repeat("listed", prefix, ask)
 
+    def signed_url(self, key: str, seconds: float) -> str:
+        """Return a URL by which anyone may read an object for a while; for readers that know HTTP alone."""
+        import obstore
+
+        return obstore.sign(self._store, "GET", key, timedelta(seconds=seconds))
+
     def _repeat(self, done: str, key: str, request: Callable[[], Result]) -> Result:
         """Return what `request` returns, sending it again with growing waits until the deadline.
 

@@ -165,7 +165,8 @@ def load_shard_catalog(
         columns = {name: column[selected.taken] for name, column in columns.items()}
     infos = np.stack([columns[f"part_{name}"] for name in ("width", "height", "samples", "rate")], axis=1)
     part_grids = _part_grids(kinds, infos, usable, geometry)
-    tokens = np.where(kinds == 0, text_tokens, part_grids.astype(np.int64).prod(axis=1))
+    placeholders = part_grids[:, 0].astype(np.int64) * part_grids[:, 1] * part_grids[:, 2]
+    tokens = np.where(kinds == 0, text_tokens, placeholders)
     budgets = _budgets(kinds, tokens, infos, list(caps), encoder_weights)
     sample_budgets, left_out = _leave_out(kinds, tokens, budgets, part_starts, caps, selected)
     return ShardCatalog(
@@ -249,7 +250,9 @@ def _part_grids(
     result = np.zeros((len(kinds), 3), np.int32)
     for modality in usable.values():
         chosen = np.flatnonzero(kinds == modality.id)
-        if len(chosen):
+        if modality.grids is not None:
+            result[chosen] = modality.grids(infos[chosen], geometry)
+        elif len(chosen):
             first, inverse = _distinct(infos[chosen])
             result[chosen] = grids(modality, geometry, infos[chosen[first]])[inverse]
     return result

@@ -101,6 +101,7 @@ def collate(
         targets=tokens[supervised + 1].astype(np.int64),
         row_weight=weight[runs.piece[run[supervised]]],
         row_modality=_followed(runs)[run[supervised]].astype(np.int8),
+        row_source=np.asarray([piece.source for piece in pieces], np.int16)[runs.piece[run[supervised]]],
         contrastive_group=np.where(plan_rows < 0, -1, plan_rows // contrastive_group_rows % 2**31).astype(np.int32),
         payloads=_payloads(media, runs, flat, modality),
         planned_tokens=_by_name(modality),

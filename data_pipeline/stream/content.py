@@ -60,6 +60,7 @@ class Piece(NamedTuple):
     weight: 1, or 0 for a filler.
     alone: set where the piece is a one-span segment.
     labels: those of its document that `data.labels` names; none in a filler.
+    source: number of its source in the plan.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -69,13 +70,14 @@ class Piece(NamedTuple):
     sample_hash: int
     alone: AloneSpan | None = None
     labels: dict[str, Label] = {}  # noqa: RUF012 - never changed
+    source: int = 0
 
 
 class MediaBuffers:
     """The decoded media of a micro-batch: modality id -> [tokens, features], filled in order of appearance.
 
-    Items are copied in while they are in the processor's cache and their own memory is used again for the next, which
-    is cheaper than keeping hundreds of them and joining them at the end.
+    Items are decoded in place, or copied in while they are in the processor's cache, which is cheaper than keeping
+    hundreds of them and joining them at the end.
     """
 
     def __init__(self, layouts: Iterable[PieceLayout], geometry: MediaGeometry) -> None:
@@ -91,17 +93,15 @@ class MediaBuffers:
         }
         self.filled = dict.fromkeys(self.values, 0)
 
-    def add(self, kind: int, item: npt.NDArray[Any]) -> None:
-        """Append one decoded item, [tokens, features]."""
+    def add(self, kind: int, tokens: int) -> npt.NDArray[Any]:
+        """Append an item and return its [tokens, features], which the caller fills."""
         start = self.filled[kind]
-        self.values[kind][start : start + len(item)] = item
-        self.filled[kind] = start + len(item)
+        self.filled[kind] = start + tokens
+        return self.values[kind][start : start + tokens]
 
     def add_zeros(self, kind: int, tokens: int) -> None:
         """Append an item of zeros."""
-        start = self.filled[kind]
-        self.values[kind][start : start + tokens] = 0
-        self.filled[kind] = start + tokens
+        self.add(kind, tokens)[...] = 0
 
 
 class PieceMaker:
@@ -214,6 +214,7 @@ class PieceMaker:
             sample_hash=xxhash.xxh3_64_intdigest(tokens.data),
             alone=AloneSpan(piece.item, *content) if layout.alone else None,
             labels=labels or {},
+            source=piece.source % len(self.planner.config.sources),
         )
 
     def _skeleton(self, layout: PieceLayout) -> npt.NDArray[np.int32]:
@@ -255,8 +256,7 @@ class PieceMaker:
         for part, place, kind, first, end, at in layout.parts:
             if kind:
                 medium = self._medium(catalog, piece.sample, place, samples)
-                values = self._decoded(catalog, piece.sample, place, medium)
-                buffers.add(kind, values)
+                self._decode_medium(catalog, piece.sample, place, medium, buffers.add(kind, end))
                 if layout.alone:
                     content = (kind, xxhash.xxh3_64_intdigest(medium), _group_key(document))
                 continue
@@ -278,19 +278,24 @@ class PieceMaker:
         offset = catalog.part_offsets.item(place) - catalog.offsets.item(owner)
         return bytes(samples[owner][offset : offset + catalog.part_sizes.item(place)])
 
-    def _decoded(self, catalog: ShardCatalog, sample: int, place: int, medium: bytes) -> npt.NDArray[Any]:
-        """Return the payload of a media part. Raises CorruptSampleError with the sample its bytes are from."""
+    def _decode_medium(
+        self, catalog: ShardCatalog, sample: int, place: int, medium: bytes, out: npt.NDArray[Any]
+    ) -> None:
+        """Decode a media part into `out`. Raises CorruptSampleError with the sample its bytes are from."""
         modality = self.modalities[catalog.part_kinds.item(place)]
         width, height, samples, rate = catalog.part_infos[place].tolist()
         info = MediaInfo(width=width, height=height, samples=samples, rate=rate)
         owner = sample if catalog.part_owners is None else catalog.part_owners.item(place)
         try:
+            if modality.decode_into is not None:
+                modality.decode_into(medium, info, self.planner.config.geometry, out)
+                return
             values = modality.decode(medium, info, self.planner.config.geometry)
         except Exception as error:
             raise _as_corrupt(error, owner) from error
-        if len(values) != (planned := catalog.part_tokens.item(place)):
-            raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {planned}", owner)
-        return values
+        if len(values) != len(out):
+            raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {len(out)}", owner)
+        out[...] = values
 
 
 def chosen_labels(labels: dict[str, Any], names: Sequence[str]) -> dict[str, Label]:

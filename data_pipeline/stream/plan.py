@@ -207,12 +207,13 @@ class Planner:
 
     def catalog(self, source: int, shard: int) -> ShardCatalog:
         """Return the metadata of one shard of a source, by the numbers that a block plan has."""
+        catalog = self._catalogs.get((source, shard))
+        if catalog is not None:  # asked several times a sample
+            return catalog
         if source >= len(self.config.sources):
             assert self.after is not None
             return self.after.planner.catalog(source - len(self.config.sources), shard)
-        catalog = self._catalogs.get((source, shard))
-        if catalog is None:
-            catalog = self._catalogs[source, shard] = self._load(source, shard)
+        catalog = self._catalogs[source, shard] = self._load(source, shard)
         return catalog
 
     def source_name(self, source: int) -> str:

@@ -9,10 +9,11 @@ workers. Times are wall-clock: on a machine with more busy processes than cores,
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -53,19 +54,22 @@ class Stall:
     """A rank waits for its data.
 
     bound: what for, a value of STAGES. wait_share: of the time. stage_share: of that stage in the workers' time.
-    advice: the setting that helps.
+    advice: the setting that helps. rank, ranks: which of how many waits.
     """
 
     bound: str
     wait_share: float
     stage_share: float
     advice: str
+    rank: int = 0
+    ranks: int = 1
 
     def __str__(self) -> str:
         """Return the line for the user."""
+        where = f" on rank {self.rank} of {self.ranks}, which waits most" if self.ranks > 1 else ""
         return (
-            f"data: you are {self.bound} bound: {self.wait_share:.0%} of the time went into waiting for data, and "
-            f"{self.stage_share:.0%} of the loader's time into {self.bound}; {self.advice}"
+            f"data: you are {self.bound} bound{where}: {self.wait_share:.0%} of the time went into waiting for data, "
+            f"and {self.stage_share:.0%} of the loader's time into {self.bound}; {self.advice}"
         )
 
 
@@ -91,8 +95,22 @@ def summed(counts: Iterable[dict[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
+Exchange = Callable[[str], list[str]]
+"""A rank's text to the texts of all ranks, by rank; collective."""
+
+
+def alone(text: str) -> list[str]:
+    """Exchange texts in a world of one rank."""
+    return [text]
+
+
 class StallMeter:
-    """Sums up the latest steps of one rank. workers: loader processes of the rank; remote: shards in object stores."""
+    """Sums up the latest steps of one rank. workers: loader processes of the rank; remote: shards in object stores.
+
+    worst: the stall of the rank that waited most when the ranks last compared theirs, None where none of them had one.
+    """
+
+    worst: Stall | None = None
 
     def __init__(self, *, workers: int, remote: bool) -> None:
         self._workers = workers
@@ -153,16 +171,25 @@ class StallMeter:
             advice=self._advice(stage),
         )
 
-    def news(self) -> str | None:
-        """Return the line on the stall where it is another one than the last that was told; None otherwise.
+    def news(self, exchange: Exchange = alone) -> str | None:
+        """Return the line on the worst rank's stall where it has another cause than the last that was told.
 
-        Waits for as many steps as figures are made of, so that one slow step says nothing.
+        To be called by all ranks after every step: once in STEPS_KEPT steps, the steps that figures are made of, they
+        tell each other what they wait for (collective); in between nothing is new.
         """
-        stall = self.stall() if len(self._loads) == STEPS_KEPT else None
-        if stall is None or stall.bound == self._told:
+        counted = self._seen - START_STEPS
+        if counted < STEPS_KEPT or counted % STEPS_KEPT:
             return None
-        self._told = stall.bound
-        return str(stall)
+        stall = self.stall()
+        told = exchange(json.dumps(asdict(stall)) if stall else "")
+        stalls = [
+            Stall(**(json.loads(text) | {"rank": rank, "ranks": len(told)})) for rank, text in enumerate(told) if text
+        ]
+        self.worst = max(stalls, key=lambda one: one.wait_share, default=None)
+        if self.worst is None or self.worst.bound == self._told:
+            return None
+        self._told = self.worst.bound
+        return str(self.worst)
 
     def _counts(self) -> Counter[str]:
         return Counter(summed(load.counts for load, _ in self._loads))

@@ -1,6 +1,7 @@
 """Which plan rows each rank runs in each global step.
 
-    step n takes plan rows [c, c + g);  g = G, or fewer where one more row would pass a cap of the global batch
+    step n takes plan rows [c, c + g);  g = G, or fewer where one more row would pass a cap of the global batch; with
+                                        contrastive groups (rows r of equal r // group rows) one more group
     a rank runs A = ceil(G / (W B)) micro-batches of B rows in every step
 
 Rows move between ranks only inside that range, largest estimated cost first to the least loaded rank that has room,
@@ -164,10 +165,13 @@ class StepWalk:
 
     def step(self, most_rows: int) -> list[tuple[BlockPlan, int]]:
         """Return the rows of the next step, each as its block's plan and its number there."""
+        packing = self.planner.schedule.packing
+        unit = packing.contrastive_group_rows if packing.contrastive_share else 1
         if self.steps == self.planner.last_step:
             self._next_segment()
         window: list[tuple[BlockPlan, int]] = []
         used = np.zeros(len(self.planner.caps), np.int64)
+        whole = None  # where the latest group ended: rows so far, and where the stream stood
         while len(window) < most_rows:
             plan = self.planner.block(self.block)
             if self._row == plan.rows:
@@ -175,9 +179,14 @@ class StepWalk:
                 continue
             used += plan.row_budgets[self._row]
             if window and (used > self.caps).any():
+                if whole is not None:
+                    rows, self.next_row, self.block, self.block_first_row = whole
+                    del window[rows:]
                 break
             window.append((plan, self._row))
             self.next_row += 1
+            if self.next_row % unit == 0:
+                whole = len(window), self.next_row, self.block, self.block_first_row
         self.steps += 1
         return window
 

@@ -6,7 +6,8 @@ examples:
 
 It needs nothing: the model is random text, one process at ZeRO 1, everything in turns. blocked: training stood still;
 slowdown: what the steps until the commit took longer. DeepSpeed's fast engine needs libaio's headers (libaio-dev)
-and, in DeepSpeed 0.19.8, a GPU whose memory it can pin its buffer for; without, its figure is null and the reason said.
+and, in DeepSpeed 0.19.8, a GPU: it pins its buffer for one, and casts tensors to bytes by an operation that is not
+implemented for CPUs. Without, its figure is null and the reason said.
 """
 
 from __future__ import annotations

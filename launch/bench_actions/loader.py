@@ -4,6 +4,7 @@ examples:
   triweave bench loader --json
   triweave bench loader --peers webdataset,energon,litdata,streaming --python peers/bin/python --json
   triweave bench loader --shards shards/tuxpaint --tokenizer tuxpaint.model --samples 4000
+  triweave bench loader --store s3://corpora/bench --json       (docs/storage.md starts a store to try it on)
 
 The defaults are the shards and the tokenizer that `triweave demo` leaves behind. `raw` reads and checksums samples,
 `full` also tokenises, decodes, resizes, makes log-mel spectrograms and packs; every loader does it in one process of
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="samples of the full work (default 2000)")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats; the median counts (default 7)")
     parser.add_argument("--sequence-length", type=int, default=4096, help="tokens of a pack (default 4096)")
+    parser.add_argument(
+        "--store", metavar="URL", help="s3://BUCKET/PREFIX: also the time to the first pack from there, uncached"
+    )
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
 
 
@@ -51,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
         sequence_length=arguments.sequence_length,
         python=arguments.python,
+        store=arguments.store,
     )
     with Console(stderr=True).status("starting") as status:
         rows = bench_loader(arguments.shards, arguments.tokenizer, options, status.update)
@@ -70,7 +75,7 @@ def _show(rows: list[BenchRow]) -> None:
     table = Table(title=f"{about['cpu']}, one process each, {about['storage']}")
     table.add_column("work")
     table.add_column("loader")
-    for heading in ("samples/s", "per CPU s", "of bare", "first pack, s", "resume at 0, 50, 99 %, s"):
+    for heading in ("samples/s", "per CPU s", "of bare", "first pack, s", "from the store", "resume at 0, 50, 99 %, s"):
         table.add_column(heading, justify="right")
     for row in rows:
         if row.error is None:
@@ -82,6 +87,7 @@ def _show(rows: list[BenchRow]) -> None:
                 f"{row.samples_per_cpu_s:,.0f}",
                 f"{row.ratio_to_bare_decode:.3f}",
                 "" if row.first_batch_s is None else f"{row.first_batch_s:.3f}",
+                "" if row.first_batch_from_store_s is None else f"{row.first_batch_from_store_s:.3f}",
                 "" if row.first_batch_s is None else "  ".join(f"{seconds:.3f}" for seconds in resumes),
             )
     console.print(table)

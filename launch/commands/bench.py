@@ -3,6 +3,7 @@
 examples:
   triweave bench loader --json
   triweave bench build --python peers/bin/python
+  triweave bench index --peers energon --python peers/bin/python
   triweave bench storage s3://corpora/tuxpaint --local shards/tuxpaint
   triweave bench generate --tokens 256
   triweave bench checkpoint --json
@@ -20,6 +21,7 @@ from triweave.launch.actions import add_actions, run_action
 ACTIONS = {
     "loader": "measure the loader against its peers and the bare functions, in one run",
     "build": "measure the pictures a build encodes per second beside img2dataset, in turns",
+    "index": "measure making the indices of existing tars beside energon prepare, in turns",
     "storage": "measure reading shards from an object store, its cache and a local folder",
     "generate": "measure generation with its cache and without, in turns",
     "checkpoint": "measure what a save costs the training, beside DeepSpeed and torch DCP, in turns",

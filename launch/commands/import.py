@@ -5,10 +5,11 @@ examples:
   triweave tokenize shards/tuxpaint --tokenizer imported/qwen/tokenizer
   triweave launch imported/qwen/config.yaml 'data.sources=[{name: tuxpaint, shards: shards/tuxpaint}]'
   triweave import models/Llama-3-8B --vision models/clip-vit-large --out imported/llama --modality audio
+  triweave import models/Qwen2.5-VL-3B --audio models/whisper-small --out imported/qwen-whisper
 
-families: llama, qwen2, qwen3, llava (with CLIP), qwen2_5_vl; clip and siglip as --vision. A folder holds config.json,
-safetensors and tokenizer.json; code in it is never run and pickles are never read. The way back is
-`triweave checkpoint export RUN --layout transformers`.
+families: llama, qwen2, qwen3, llava (with CLIP), qwen2_5_vl; clip and siglip as --vision, whisper as --audio. A folder
+holds config.json, safetensors and tokenizer.json; code in it is never run and pickles are never read. The way back is
+`triweave checkpoint export RUN --layout transformers`, with --tower for a tower that came from a folder of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision", metavar="FOLDER", type=Path, help="CLIP or SigLIP that the decoder gets as its vision tower"
     )
+    parser.add_argument(
+        "--audio", metavar="FOLDER", type=Path, help="Whisper whose encoder becomes the tower of sounds"
+    )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
@@ -38,13 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
     from triweave.data_pipeline.new_folder import new_folder
     from triweave.pretrain.open_models.prepare import prepare
 
+    towers = {"image": arguments.vision, "audio": arguments.audio}
     with new_folder(arguments.out, DataError) as (folder, _):
         prepared = prepare(
             arguments.folder,
             folder,
             out_name=arguments.out,
             modalities=arguments.modality,
-            vision=arguments.vision,
+            towers={modality: path for modality, path in towers.items() if path is not None},
         )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(prepared)))

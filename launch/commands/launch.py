@@ -4,6 +4,7 @@
   triweave launch run.yaml optimizer.lr=3e-4 train.steps=500
   triweave launch run.yaml --hostfile hosts --num-ranks 16   first 16 slots of the hostfile, over pdsh and ssh
   triweave launch run.yaml --restarts 3                      ranks that die or stand still are started again
+  triweave launch run.yaml --restarts 3 --min-ranks 6        and without a machine or device that is gone for good
   triweave launch run.yaml --num-ranks 8 --dry-run           print the command line and stop
 
 A hostfile has lines like `worker-0 slots=8`. Who prefers the plain tool types
@@ -15,6 +16,7 @@ checkpoint (start it again with --resume), 124 it stood still, 130 interrupted, 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from triweave.launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from triweave.launch.deepspeed_launcher import LaunchCommand
+    from triweave.launch.hostfile import Place
     from triweave.pretrain.config import RunConfig
 
 
@@ -44,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start again from the newest checkpoint up to N times when a rank dies or all stand still (default: 0)",
     )
+    parser.add_argument(
+        "--min-ranks",
+        type=int,
+        metavar="M",
+        help="with --restarts: go on with fewer ranks, at least M, without machines that no longer answer and without "
+        "a slot whose rank has failed twice in a row (default: always as many as at first)",
+    )
     parser.add_argument("--oversubscribe", action="store_true", help="on CPU, allow more ranks than cores")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the command line, start nothing"
@@ -56,18 +66,39 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.restarts < 0:
         raise LaunchError(f"--restarts {arguments.restarts}: must be 0 or above")
+    if arguments.min_ranks is not None:
+        _check_min_ranks(arguments)
     config = load_config(arguments.config, arguments.overrides)
     command = plan_command(arguments, config)
+    if arguments.min_ranks is not None and arguments.min_ranks > command.ranks:
+        raise LaunchError(
+            f"--min-ranks {arguments.min_ranks}: the run starts with {command.ranks} ranks; ask for at most so many"
+        )
     if arguments.dry_run:
         print(command)
         return 0
     return start(command, arguments, config)
 
 
-def plan_command(arguments: argparse.Namespace, config: RunConfig) -> LaunchCommand:
-    """Check ranks, machines and data, and return what to start. Raises LaunchError, DataError or PretrainError."""
+def _check_min_ranks(arguments: argparse.Namespace) -> None:
+    if arguments.min_ranks < 1:
+        raise LaunchError(f"--min-ranks {arguments.min_ranks}: must be at least 1")
+    if not arguments.restarts:
+        raise LaunchError(
+            f"--min-ranks {arguments.min_ranks} is of restarts, and --restarts is 0; add --restarts N as well"
+        )
+
+
+def plan_command(
+    arguments: argparse.Namespace, config: RunConfig, lost: Sequence[Place] | None = None
+) -> LaunchCommand:
+    """Check ranks, machines and data, and return what to start. Raises LaunchError, DataError or PretrainError.
+
+    lost: places that have been given up, for a start that may take fewer ranks than `--num-ranks`; None asks for all.
+    """
     from triweave.launch.deepspeed_launcher import hostfile_command, local_command
-    from triweave.launch.hostfile import parse_hostfile, take_ranks
+    from triweave.launch.elastic import hosts_left, ranks_left, without
+    from triweave.launch.hostfile import Host, parse_hostfile, take_ranks
     from triweave.launch.machine import free_port, inspect_machine
     from triweave.launch.preflight import check_ranks, check_run, check_slots
 
@@ -75,16 +106,25 @@ def plan_command(arguments: argparse.Namespace, config: RunConfig) -> LaunchComm
     training = [str(arguments.config.resolve()), *arguments.overrides, *["--resume"] * arguments.resume]
     if arguments.hostfile is None:
         ranks = machine.default_ranks if arguments.num_ranks is None else arguments.num_ranks
+        here = Host(name="localhost", slots=ranks)
+        if lost is not None:
+            present = min(ranks, len(machine.cuda_devices)) if machine.cuda_devices else ranks
+            here = without(Host(name="localhost", slots=present), lost)
+            ranks = ranks_left(config, most=len(here.taken), least=arguments.min_ranks)
         check_ranks(ranks, machine=machine, oversubscribe=arguments.oversubscribe)
-        command = local_command(training, machine=machine, ranks=ranks, port=free_port())
+        command = local_command(training, machine=machine, ranks=ranks, port=free_port(), host=here)
     else:
         all_hosts = parse_hostfile(arguments.hostfile)
         ranks = sum(host.slots for host in all_hosts) if arguments.num_ranks is None else arguments.num_ranks
         check_slots(ranks, all_hosts)
+        hosts = all_hosts
+        if lost is not None:
+            hosts = hosts_left(take_ranks(all_hosts, ranks), lost)
+            ranks = ranks_left(config, most=sum(len(host.taken) for host in hosts), least=arguments.min_ranks)
         command = hostfile_command(
             training,
             hostfile=arguments.hostfile,
-            hosts=take_ranks(all_hosts, ranks),
+            hosts=take_ranks(hosts, ranks),
             all_hosts=all_hosts,
             machine=machine,
             port=free_port(),
@@ -101,8 +141,9 @@ def start(command: LaunchCommand, arguments: argparse.Namespace, config: RunConf
     run_dir = Path(config.run_dir)
     log_path = run_dir / "launch.log"
 
-    def again() -> LaunchCommand:
-        return plan_command(argparse.Namespace(**{**vars(arguments), "resume": True}), config)
+    def again(lost: Sequence[Place]) -> LaunchCommand:
+        resumed = argparse.Namespace(**{**vars(arguments), "resume": True, "num_ranks": command.ranks})
+        return plan_command(resumed, config, None if arguments.min_ranks is None else lost)
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -113,7 +154,13 @@ def start(command: LaunchCommand, arguments: argparse.Namespace, config: RunConf
         ) from None
     with log:
         outcome = supervise(
-            command, again, run_dir=run_dir, log=log, stall_s=config.health.stall_s, restarts=arguments.restarts
+            command,
+            again,
+            run_dir=run_dir,
+            log=log,
+            stall_s=config.health.stall_s,
+            restarts=arguments.restarts,
+            elastic=arguments.min_ranks is not None,
         )
     if outcome.stopped_by is not None:
         tell(f"stopped by {outcome.stopped_by.name}; all ranks have ended")

@@ -19,9 +19,10 @@ import dataclasses
 import json
 from typing import Any
 
-from triweave.data_pipeline.config import DataConfig, load_data_config, read_yaml
+from triweave.data_pipeline.config import DataConfig, load_data_config
 from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.stream.plan_report import FILL_BORDERS, PlanOptions, PlanReport, report_plan
+from triweave.launch.train_section import train_number, whole_number
 
 BAR_CHARACTERS = 40
 USUAL_RANKS = 8
@@ -74,13 +75,14 @@ def _headings(kind: str, config: DataConfig, reports: list[PlanReport]) -> list[
 
 def _options(arguments: argparse.Namespace) -> PlanOptions:
     """Return what to look for, from the options, the overrides and the YAML's `train:`, in this order."""
-    rows = arguments.global_batch_rows
+    rows, config, overrides = arguments.global_batch_rows, arguments.config, arguments.overrides
     if rows is None:
-        rows = _train_key(arguments, "global_batch_rows")
-    rows = None if rows is None else _whole_number("global_batch_rows", rows)
-    micro = _whole_number("micro_batch_rows", _train_key(arguments, "micro_batch_rows") or 1)
+        rows = train_number(config, overrides, "global_batch_rows")
+    else:
+        rows = whole_number("global_batch_rows", rows)
+    micro = train_number(config, overrides, "micro_batch_rows") or 1
     ranks = arguments.num_ranks
-    ranks = min(USUAL_RANKS, rows or USUAL_RANKS) if ranks is None else _whole_number("--num-ranks", ranks)
+    ranks = min(USUAL_RANKS, rows or USUAL_RANKS) if ranks is None else whole_number("--num-ranks", ranks)
     for name in ("link_mb_per_s", "link_latency_ms"):
         value = getattr(arguments, name)
         if not 0 <= value < float("inf") or (name == "link_mb_per_s" and not value):
@@ -92,26 +94,6 @@ def _options(arguments: argparse.Namespace) -> PlanOptions:
         link_mb_per_s=arguments.link_mb_per_s,
         link_latency_ms=arguments.link_latency_ms,
     )
-
-
-def _train_key(arguments: argparse.Namespace, key: str) -> Any:
-    """Return an override of `train.<key>`, or the YAML's; None without either."""
-    train = read_yaml(arguments.config).get("train")
-    value = train.get(key) if isinstance(train, dict) else None
-    for override in arguments.overrides:
-        if override.startswith(f"train.{key}="):
-            value = override.partition("=")[2]
-    return value
-
-
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
-    return number
 
 
 def _lengths(text: str | None) -> list[int]:

@@ -8,8 +8,8 @@ examples:
   ssh -L 8765:127.0.0.1:8765 MACHINE                then `triweave view` there, and its address here
 
 The page is served on 127.0.0.1 until Ctrl-C, to every user of this machine, and loads nothing from elsewhere. With
---config also the config's shards and tokenizer are shown, and its packs: which pieces each holds, and what their tokens
-attend to. Press ? in the page for its keys; docs/viewer.md says how to search.
+--config also the config's shards and tokenizer are shown, and the packs of each of its plan segments: which pieces a
+pack holds, and what their tokens attend to. Press ? in the page for its keys; docs/viewer.md says how to search.
 """
 
 from __future__ import annotations
@@ -50,17 +50,19 @@ def make_server(arguments: argparse.Namespace) -> ViewServer:
     """Return the server, listening. Raises ViewError and DataError."""
     from triweave.data_pipeline.config import load_data_config
     from triweave.data_pipeline.text.tokenizer import Tokenizer
+    from triweave.launch.train_section import train_number
     from triweave.launch.view.packs import PackBook
     from triweave.launch.view.server import ViewServer
     from triweave.launch.view.shard_folder import ShardFolder
 
     if not 0 <= arguments.port < 1 << 16:
         raise ViewError(f"--port {arguments.port}: must be from 0 to 65535")
-    overrides = [item for item in arguments.arguments if "=" in item and item.startswith("data.")]
+    overrides = [item for item in arguments.arguments if "=" in item and item.startswith(("data.", "train."))]
     locations = [item for item in arguments.arguments if item not in overrides]
     if overrides and not arguments.config:
         raise ViewError(f"{overrides[0]}: overrides a config; name it with --config")
     config = load_data_config(arguments.config, overrides) if arguments.config else None
+    packs = PackBook(config, train_number(arguments.config, overrides, "global_batch_rows")) if config else None
     named = {source.name: source.shards for source in config.sources} if config else {}
     named |= {_name(place, named): place for place in locations if place not in named.values()}
     if not named:
@@ -68,7 +70,7 @@ def make_server(arguments: argparse.Namespace) -> ViewServer:
     path = arguments.tokenizer or (config.tokenizer if config else None)
     tokenizer = Tokenizer.load(path) if path else None
     folders = [ShardFolder(name, location) for name, location in named.items()]
-    return ViewServer(arguments.port, folders, tokenizer=tokenizer, packs=PackBook(config) if config else None)
+    return ViewServer(arguments.port, folders, tokenizer=tokenizer, packs=packs)
 
 
 def _name(location: str, taken: dict[str, str]) -> str:

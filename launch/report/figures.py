@@ -50,7 +50,34 @@ def loss_plots(runs: Sequence[ReportRun]) -> list[Plot]:
             for at, name in enumerate(names)
         ]
         by_modality += _curves("Loss by modality", series, "nats per token")
-    return by_modality + _curves("Training objective", _per_run(runs, "loss"), "per supervised token")
+    by_source = _by_part(runs, "loss_by_source", "Loss by source", "nats per token")
+    return by_modality + by_source + _curves("Training objective", _per_run(runs, "loss"), "per supervised token")
+
+
+def tower_plots(runs: Sequence[ReportRun]) -> list[Plot]:
+    """Return the norms of gradients and updates by tower, nothing where no run has told them."""
+    return [
+        *_by_part(runs, "tower_grad_norm", "Gradient norm", "L2, before clipping"),
+        *_by_part(runs, "tower_update_norm", "Update norm", "L2 of a step's change of the weights"),
+    ]
+
+
+def _by_part(runs: Sequence[ReportRun], figure: str, title: str, unit: str) -> list[Plot]:
+    """Return one plot of a figure that is told by part, a curve for each part of each run."""
+    parts = [
+        (run, name)
+        for run in runs
+        for name in dict.fromkeys(name for entry in run.entries for name in entry.get(figure, {}))
+    ]
+    several = len(runs) > 1
+    return _curves(
+        title,
+        [
+            _series(run, f"{figure}/{name}", colour, label=f"{run.name}: {name}" if several else name)
+            for colour, (run, name) in enumerate(parts)
+        ],
+        unit,
+    )
 
 
 def contrastive_plots(runs: Sequence[ReportRun]) -> list[Plot]:

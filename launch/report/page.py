@@ -26,6 +26,7 @@ from triweave.launch.report.sections import (
     machine_table,
     retrieval_table,
 )
+from triweave.launch.report.slow_steps import slow_section
 from triweave.launch.report.verdict import Verdict, judge
 from triweave.launch.report.wording import listing
 
@@ -65,7 +66,7 @@ def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> l
                 "Cross-entropy of the tokens that follow text only, a picture or a sound. Thin: single steps; strong: "
                 "their running mean; dotted: the best model that ignores all context, where the demo has computed it.",
             ),
-            plots=figures.loss_plots(runs),
+            plots=figures.loss_plots(runs) + figures.tower_plots(runs),
             tables=(loss_table(runs),),
         ),
         *([Section(id="objectives", title="Objectives", plots=tasks)] if tasks else []),
@@ -79,6 +80,7 @@ def page_sections(runs: Sequence[ReportRun], samples: Sequence[RunSamples]) -> l
             plots=figures.efficiency_plots(runs),
             tables=(efficiency_table(runs),),
         ),
+        *([slow] if (slow := slow_section(runs)) else []),
         Section(id="machine", title="Machine and versions", tables=(machine_table(runs),)),
         _config_section(runs),
     ]

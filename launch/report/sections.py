@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def key_facts(run: ReportRun) -> list[Fact]:
     if run.evaluation is not None:
         facts += _evaluation_facts(run.evaluation)
     facts.append(Fact(name="Throughput", value=f"{_last_mean(run, 'tokens_per_s'):,.0f}", note="tokens per second"))
-    facts.append(Fact(name="Waiting for data", value=percent(_data_wait(run)), note="of the time"))
+    facts.append(Fact(name="Waiting for data", value=percent(_data_wait(run)), note=_wait_note(run)))
     if (fill := pack_fill(run)) is not None:
         facts.append(Fact(name="Pack fill", value=percent(fill), note="of all positions hold a token"))
     return facts
@@ -300,6 +301,15 @@ def _by_run(table: Table, runs: Sequence[ReportRun]) -> Table:
 def _data_wait(run: ReportRun) -> float | None:
     seconds = sum(run.values("step_s")[1])
     return sum(run.values("data_wait_s")[1]) / seconds if seconds else None
+
+
+def _wait_note(run: ReportRun) -> str:
+    """Name the rank that waited most and what for, where some did; the commonest of the run's verdicts."""
+    stalls = Counter((entry["stall"]["rank"], entry["stall"]["bound"]) for entry in run.entries if "stall" in entry)
+    if not stalls:
+        return "of the time"
+    rank, bound = stalls.most_common(1)[0][0]
+    return f"of the time, most on rank {rank}: {bound} bound"
 
 
 def _last_mean(run: ReportRun, name: str) -> float:

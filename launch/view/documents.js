@@ -98,7 +98,7 @@ export class List {
 }
 
 // fresh: whether this document is still the one that is asked for when its content is there.
-// block: the one whose packs are looked at, null without a config.
+// block: segment and number of the one whose packs are looked at, null without a config.
 export async function showDocument(node, folder, number, { tokens, block }, open, fresh) {
   const whole = { folder, sample: number, whole: 1 };
   async function load(asked) {
@@ -127,12 +127,13 @@ export async function showDocument(node, folder, number, { tokens, block }, open
   }
 }
 
-function packsOf(folder, number, block) {
-  const line = element("p", { class: "about" }, `block ${count(block)}: …`);
-  call("packs_of", { folder, sample: number, block }).then(({ rows }) => {
+function packsOf(folder, number, { segment, block, segments }) {
+  const name = (segments.length > 1 ? `segment ${count(segment)}, ` : "") + `block ${count(block)}: `;
+  const line = element("p", { class: "about" }, `${name}…`);
+  call("packs_of", { folder, sample: number, segment, block }).then(({ rows }) => {
     const links = rows.flatMap((row, place) =>
-      [place ? ", " : "", element("a", { href: `#packs/${block}/${row}` }, `pack ${count(row)}`)]);
-    line.replaceChildren(`block ${count(block)}: `, ...(links.length ? links : ["in none of its packs"]));
+      [place ? ", " : "", element("a", { href: `#packs/${segment}/${block}/${row}` }, `pack ${count(row)}`)]);
+    line.replaceChildren(name, ...(links.length ? links : ["in none of its packs"]));
   }).catch((error) => line.replaceChildren(problem(error)));
   return line;
 }

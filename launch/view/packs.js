@@ -4,29 +4,65 @@ import { call, colour, count, element, problem, shape, stepper } from "./element
 
 const percent = (part, whole) => `${((100 * part) / whole).toFixed(1)} %`;
 
-export async function showPack(node, block, row, folders, go, fresh) {
+// place: segment, block and row. go(segment, block, row) changes it. fresh: whether it is still the one asked for.
+export async function showPack(node, { segment, block, row }, { folders, segments }, go, fresh) {
+  const chooser = segments.length > 1 ? segmentChooser(segments, segment, go) : "";
   try {
-    const [pack, whole] = await Promise.all([call("pack", { block, row }), call("block", { block })]);
+    if (!await reached(node, chooser, segment, fresh)) return;
+    const [pack, whole] = await Promise.all(
+      [call("pack", { segment, block, row }), call("block", { segment, block })]);
     if (!fresh()) return;
-    node.replaceChildren(
+    show(node, chooser,
       element("form", { class: "stepper" },
-        element("button", { type: "button", disabled: block <= 0, click: () => go(block - 1, 0), "aria-label": "previous block" }, "←"),
+        element("button", { type: "button", disabled: block <= 0, click: () => go(segment, block - 1, 0), "aria-label": "previous block" }, "←"),
         ` block ${count(block)} `,
-        element("button", { type: "button", click: () => go(block + 1, 0), "aria-label": "next block" }, "→")),
-      stepper("pack", row, pack.rows, (to) => go(block, to)),
+        element("button", { type: "button", click: () => go(segment, block + 1, 0), "aria-label": "next block" }, "→")),
+      stepper("pack", row, pack.rows, (to) => go(segment, block, to)),
       element("h1", {}, `Pack ${count(row)}: ${count(pack.tokens)} of ${count(pack.sequence_length)} tokens, `
         + percent(pack.tokens, pack.sequence_length)),
       element("p", { class: "about" }, blockWords(whole)),
+      isPast(whole, row) ? element("p", { class: "problem" },
+        `No step takes this pack: segment ${count(segment + 1)} takes over before it.`) : "",
       legend(pack.stretches),
       strip(pack),
       element("div", { class: "pack" }, matrix(pack), pieces(pack, folders, node)));
   } catch (error) {
     if (!fresh()) return;
-    node.replaceChildren(
-      element("form", { class: "stepper" }, element("button", { type: "button", click: () => go(0, 0) }, "first pack")),
+    show(node, chooser,
+      element("form", { class: "stepper" }, element("button", { type: "button", click: () => go(segment, 0, 0) }, "first pack")),
       problem(error));
   }
 }
+
+// Show the choice of segments and more; who was choosing goes on choosing.
+function show(node, chooser, ...content) {
+  const choosing = document.activeElement?.id === "segment";
+  node.replaceChildren(chooser, ...content);
+  if (choosing) node.querySelector("#segment")?.focus();
+}
+
+// The server walks the steps before a segment a moment at each call, and says how far it is.
+async function reached(node, chooser, segment, fresh) {
+  for (;;) {
+    const { there, step, steps } = await call("segment", { segment });
+    if (!fresh() || there) return fresh();
+    show(node, chooser, element("p", { class: "about", role: "status" },
+      `Segment ${count(segment)} begins where the steps before it end: step ${count(step)} of ${count(steps)} is planned`));
+  }
+}
+
+function segmentChooser(segments, chosen, go) {
+  const options = segments.map((one, number) => {
+    const steps = one.last_step === null
+      ? `from step ${count(one.first_step)}` : `steps ${count(one.first_step)} to ${count(one.last_step)}`;
+    return element("option", { value: number, selected: number === chosen },
+      `${count(number)}: ${steps}, ${count(one.sequence_length)} tokens a pack`);
+  });
+  const select = element("select", { id: "segment", change: () => go(Number(select.value), 0, 0) }, options);
+  return element("form", { class: "stepper" }, element("label", {}, "plan segment ", select));
+}
+
+const isPast = ({ block, end }, row) => end !== null && (block > end[0] || (block === end[0] && row >= end[1]));
 
 function blockWords(block) {
   const total = block.row_tokens.reduce((sum, tokens) => sum + tokens, 0);
@@ -90,7 +126,8 @@ function pieces(pack, folders, node) {
     },
     element("td", {}, String(number)), element("td", { class: "words" }, piece.source), element("td", { class: "words" }, name),
     element("td", {}, String(piece.epoch)),
-    element("td", {}, piece.alone ? "alone" : `${count(piece.first)} – ${count(piece.end)}`));
+    element("td", {}, (piece.alone ? "alone" : `${count(piece.first)} – ${count(piece.end)}`)
+      + (piece.carried ? ", carried over" : "")));
   });
   const heads = [["piece"], ["source", "words"], ["document", "words"], ["epoch"], ["its tokens"]]
     .map(([name, kind]) => element("th", { scope: "col", class: kind }, name));

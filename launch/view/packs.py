@@ -9,7 +9,9 @@ loader's own `collate`, as stretches of tokens that are alike:
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from triweave.data_pipeline.stream.collate import Row, collate
 from triweave.data_pipeline.stream.content import AloneSpan, Piece
 from triweave.data_pipeline.stream.layout import PiecePlan, piece_layouts, row_pieces
 from triweave.data_pipeline.stream.plan import ALONE, Planner
+from triweave.data_pipeline.stream.windows import StepWalk
 from triweave.launch.errors import ViewError
 
 SHOWN_ROWS = 4096
@@ -41,101 +44,168 @@ class Stretch(NamedTuple):
 
 
 class PackBook:
-    """The blocks and packs of a config; usable from several threads."""
+    """The blocks and packs of each plan segment of a config; usable from several threads.
 
-    def __init__(self, config: DataConfig) -> None:
-        """Read what planning needs. Raises DataError."""
-        self._planner = Planner(config)
+    A later segment begins with what the one before leaves over, so the steps before it are walked, with plans alone.
+    """
+
+    def __init__(self, config: DataConfig, global_batch_rows: int | None = None) -> None:
+        """Read what planning needs; global_batch_rows: rows of a step, which later segments depend on.
+
+        Raises DataError.
+        """
+        self._planners = [Planner(config)]
+        self._config = config
+        self._step_rows = global_batch_rows
+        self._walk: StepWalk | None = None
         self._lock = threading.Lock()
 
-    def block(self, block: int) -> dict[str, Any]:
-        """Return the rows of a block and how full they are. Raises ViewError and DataError."""
+    def segments(self) -> list[dict[str, Any]]:
+        """Return the steps of each segment, first and last, counted from 1; the last one of all has no end."""
+        ends = [entry.after_step for entry in self._config.schedule]
+        return [
+            {"first_step": first + 1, "last_step": last, "sequence_length": config.sequence_length}
+            for first, last, config in zip([0, *ends], [*ends, None], self._config.segments, strict=True)
+        ]
+
+    def reach(self, segment: int, seconds: float = math.inf) -> dict[str, Any]:
+        """Walk towards a segment for `seconds`, a step at least.
+
+        Returns whether it is there, the steps walked and those to be walked.
+        Raises ViewError where there is no such segment, or the rows of a step are not known.
+        """
+        if not 0 <= segment < len(self._config.segments):
+            raise ViewError(f"segment {segment}: the config has the segments 0 to {len(self._config.segments) - 1}")
+        with self._lock:
+            deadline = time.monotonic() + seconds
+            while len(self._planners) <= segment:
+                self._take_step()
+                if time.monotonic() >= deadline:
+                    break
+            walked = self._walk.steps if self._walk else 0
+        steps = self._config.schedule[segment - 1].after_step if segment else 0
+        return {"segment": segment, "there": len(self._planners) > segment, "step": min(walked, steps), "steps": steps}
+
+    def block(self, block: int, *, segment: int = 0) -> dict[str, Any]:
+        """Return the rows of a block of a segment, counted from its start, and how full they are.
+
+        end: the first (block, row) that the next segment takes over from, where that is known; else None.
+        Raises ViewError and DataError.
+        """
+        planner = self._planner(segment)
         if not 0 <= block < 1 << 40:
             raise ViewError(f"block {block}: must be a whole number from 0 on")
         with self._lock:
-            plan = self._planner.block(block)
+            plan = planner.block(block)
+            cut = self._planners[segment + 1].after if segment + 1 < len(self._planners) else None
         return {
+            "segment": segment,
             "block": block,
             "rows": plan.rows,
-            "sequence_length": self._planner.config.sequence_length,
+            "sequence_length": planner.config.sequence_length,
             "row_tokens": plan.row_tokens[:SHOWN_ROWS].tolist(),
             "tokens": plan.modality_tokens,
             "samples": plan.drawn_samples,
             "left_out": plan.left_out,
+            "end": [cut.block, cut.row] if cut else None,
         }
 
-    def pack(self, block: int, row: int) -> dict[str, Any]:
+    def pack(self, block: int, row: int, *, segment: int = 0) -> dict[str, Any]:
         """Return one pack: its pieces, and its stretches with their attention intervals.
 
         Raises ViewError for a row that the block does not have.
         """
-        rows = self.block(block)["rows"]
+        planner, rows = self._planner(segment), self.block(block, segment=segment)["rows"]
         with self._lock:
-            plan = self._planner.block(block)
+            plan = planner.block(block)
             if not 0 <= row < rows:
                 raise ViewError(f"row {row}: block {block} has the rows 0 to {rows - 1}")
             planned = row_pieces(plan, row)
-            pieces = [made for piece in planned for made in self._pieces(piece)]
+            pieces = [made for piece in planned for made in _pieces(planner, piece)]
             batch = collate(
                 [Row(0, pieces)],
                 {},
-                sequence_length=self._planner.config.sequence_length,
-                pad_id=self._planner.tokenizer.pad_id,
+                sequence_length=planner.config.sequence_length,
+                pad_id=planner.tokenizer.pad_id,
             )
             return {
+                "segment": segment,
                 "block": block,
                 "row": row,
                 "rows": rows,
-                "sequence_length": self._planner.config.sequence_length,
+                "sequence_length": planner.config.sequence_length,
                 "tokens": int(plan.row_tokens[row]),
-                "pieces": [self._described(piece) for piece in planned for _ in self._layouts(piece)],
+                "pieces": [_described(planner, piece) for piece in planned for _ in _layouts(planner, piece)],
                 "stretches": [stretch._asdict() for stretch in stretches(batch)],
             }
 
-    def rows_of(self, block: int, source: str, shard: int, sample: int) -> list[int]:
+    def rows_of(self, block: int, source: str, shard: int, sample: int, *, segment: int = 0) -> list[int]:
         """Return the rows of a block that hold pieces of a sample, which is a number in its shard.
 
         None of them where the block draws it not, or leaves it out.
         """
-        names = [entry.name for entry in self._planner.config.sources]
+        planner = self._planner(segment)
+        names = [entry.name for entry in planner.config.sources]
         if source not in names:
             return []
         with self._lock:
-            plan = self._planner.block(block)
-        own = (plan.sources == names.index(source)) & (plan.shards == shard) & (plan.samples == sample)
+            plan = planner.block(block)
+        own = (plan.sources % len(names) == names.index(source)) & (plan.shards == shard) & (plan.samples == sample)
         rows = np.searchsorted(plan.row_starts, np.flatnonzero(own), side="right") - 1
         found: list[int] = np.unique(rows).tolist()
         return found
 
-    def _layouts(self, piece: PiecePlan) -> list[Any]:
-        return piece_layouts(self._planner.catalog(piece.source, piece.shard), piece)
+    def _planner(self, segment: int) -> Planner:
+        self.reach(segment)
+        return self._planners[segment]
 
-    def _pieces(self, piece: PiecePlan) -> list[Piece]:
-        """Return the Pieces of a planned one with pad ids for tokens."""
-        return [
-            Piece(
-                tokens=np.full(layout.tokens, self._planner.tokenizer.pad_id, np.int32),
-                runs=layout.runs,
-                weight=1.0,
-                sample_id="",
-                sample_hash=0,
-                alone=AloneSpan(piece.item, layout.parts[0].kind, 0, 0) if layout.alone else None,
+    def _take_step(self) -> None:
+        """Walk one step, and keep the planner of the segment that it is the first of."""
+        if self._step_rows is None:
+            raise ViewError(
+                "later plan segments begin where the steps before them end: name the rows of a step with "
+                "train.global_batch_rows=N"
             )
-            for layout in self._layouts(piece)
-        ]
+        first = self._planners[0]
+        self._walk = self._walk or StepWalk(first, first.start())
+        self._walk.step(self._step_rows)
+        if self._walk.planner.segment == len(self._planners):
+            self._planners.append(self._walk.planner)
 
-    def _described(self, piece: PiecePlan) -> dict[str, Any]:
-        manifest = self._planner.manifests[piece.source]
-        first = sum(shard.samples for shard in manifest.shards[: piece.shard])
-        return {
-            "source": self._planner.source_name(piece.source),
-            "sample": first + piece.sample,
-            "key": self._planner.catalog(piece.source, piece.shard).keys[piece.sample].as_py(),
-            "epoch": piece.epoch,
-            "first": piece.first,
-            "end": piece.end,
-            "alone": piece.kind == ALONE,
-        }
+
+def _layouts(planner: Planner, piece: PiecePlan) -> list[Any]:
+    return piece_layouts(planner.catalog(piece.source, piece.shard), piece)
+
+
+def _pieces(planner: Planner, piece: PiecePlan) -> list[Piece]:
+    """Return the Pieces of a planned one with pad ids for tokens."""
+    return [
+        Piece(
+            tokens=np.full(layout.tokens, planner.tokenizer.pad_id, np.int32),
+            runs=layout.runs,
+            weight=1.0,
+            sample_id="",
+            sample_hash=0,
+            alone=AloneSpan(piece.item, layout.parts[0].kind, 0, 0) if layout.alone else None,
+        )
+        for layout in _layouts(planner, piece)
+    ]
+
+
+def _described(planner: Planner, piece: PiecePlan) -> dict[str, Any]:
+    """Name a piece; `carried` is one that the segment before left over."""
+    carried, source = divmod(piece.source, len(planner.manifests))
+    first = sum(shard.samples for shard in planner.manifests[source].shards[: piece.shard])
+    return {
+        "source": planner.source_name(piece.source),
+        "sample": first + piece.sample,
+        "key": planner.catalog(piece.source, piece.shard).keys[piece.sample].as_py(),
+        "epoch": piece.epoch,
+        "first": piece.first,
+        "end": piece.end,
+        "alone": piece.kind == ALONE,
+        "carried": carried > 0,
+    }
 
 
 def stretches(batch: PackedBatch) -> list[Stretch]:

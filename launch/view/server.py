@@ -45,7 +45,7 @@ MEDIA_POLICY = "default-src 'none'; sandbox"
 PAGE_SAMPLES = 40
 """Samples of one page of the list."""
 SEARCH_SECONDS = 0.6
-"""How long one call looks for samples; the page calls again."""
+"""How long one call looks for samples, or for the start of a plan segment; the page calls again."""
 FACET_SECONDS = 0.3
 THUMBNAIL_PX = 96
 THUMBNAIL_BYTES = 8 << 20
@@ -152,8 +152,9 @@ class ViewServer(ThreadingHTTPServer):
             "/api/document": self._document,
             "/api/waveform": self._waveform,
             "/api/packs_of": self._packs_of,
-            "/api/block": lambda asked: self._book().block(asked.number("block")),
-            "/api/pack": lambda asked: self._book().pack(asked.number("block"), asked.number("row")),
+            "/api/segment": lambda asked: self._book().reach(asked.number("segment"), SEARCH_SECONDS),
+            "/api/block": lambda asked: self._book().block(asked.number("block"), segment=asked.number("segment")),
+            "/api/pack": self._pack,
         }
         if path not in calls:
             return _problem(HTTPStatus.NOT_FOUND, "no such page")
@@ -184,7 +185,7 @@ class ViewServer(ThreadingHTTPServer):
                 for folder in self.folders
             ],
             "tokenizer": self.tokenizer is not None,
-            "packs": self.packs is not None,
+            "segments": self.packs.segments() if self.packs else [],
         }
 
     def _facets(self, asked: Parameters) -> dict[str, Any]:
@@ -211,9 +212,12 @@ class ViewServer(ThreadingHTTPServer):
         return shown_document(self._folder(asked), asked.number("sample"), self.tokenizer, whole=whole)
 
     def _packs_of(self, asked: Parameters) -> dict[str, Any]:
-        folder, block = self._folder(asked), asked.number("block")
+        folder, block, segment = self._folder(asked), asked.number("block"), asked.number("segment")
         shard, place = folder.place(asked.number("sample"))
-        return {"block": block, "rows": self._book().rows_of(block, folder.name, shard, place)}
+        return {"block": block, "rows": self._book().rows_of(block, folder.name, shard, place, segment=segment)}
+
+    def _pack(self, asked: Parameters) -> dict[str, Any]:
+        return self._book().pack(asked.number("block"), asked.number("row"), segment=asked.number("segment"))
 
     def _waveform(self, asked: Parameters) -> dict[str, Any]:
         sample, part = self._folder(asked).sample(asked.number("sample")), self._part(asked)

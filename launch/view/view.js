@@ -1,4 +1,4 @@
-// What is shown is in the address: #documents/FOLDER[/NUMBER] or #packs/BLOCK/ROW. Keys and clicks change it.
+// What is shown is in the address: #documents/FOLDER[/NUMBER] or #packs/SEGMENT/BLOCK/ROW. Keys and clicks change it.
 
 import { List, showDocument } from "./documents.js";
 import { call, count, element, mark, problem } from "./elements.js";
@@ -8,7 +8,7 @@ const TERM = /(?:[^\s"]+|"[^"]*")+/g;
 const byId = (id) => document.getElementById(id);
 const [documents, packs, page, query, chooser] = ["documents", "packs", "document", "query", "folder"].map(byId);
 const selects = [...document.querySelectorAll("[data-facet]")];
-const state = { folders: [], tokens: false, folder: null, number: null, block: 0, row: 0, turn: 0 };
+const state = { folders: [], segments: [], tokens: false, folder: null, number: null, segment: 0, block: 0, row: 0, turn: 0 };
 const list = new List(openDocument);
 
 function openDocument(number) {
@@ -19,24 +19,25 @@ function openDocument(number) {
   list.mark(chosen);  // the browser tells of the new address later; a key that comes before counts from here
 }
 
-function openPack(block, row) {
-  Object.assign(state, { block: Math.max(0, block), row: Math.max(0, row) });
-  location.hash = `#packs/${state.block}/${state.row}`;
+function openPack(segment, block, row) {
+  const last = state.segments.length - 1;
+  Object.assign(state, { segment: Math.max(0, Math.min(last, segment)), block: Math.max(0, block), row: Math.max(0, row) });
+  location.hash = `#packs/${state.segment}/${state.block}/${state.row}`;
 }
 
 async function route() {
   const turn = ++state.turn;
   const fresh = () => turn === state.turn;
   const [view, ...numbers] = location.hash.slice(1).split("/");
-  const [first, second] = numbers.map((text) => (/^\d{1,15}$/.test(text) ? Number(text) : null));
-  const inPacks = view === "packs" && state.packs;
+  const [first, second, third] = numbers.map((text) => (/^\d{1,15}$/.test(text) ? Number(text) : null));
+  const inPacks = view === "packs" && state.segments.length > 0;
   packs.hidden = !inPacks;
   documents.hidden = inPacks;
   mark(byId("tab-packs"), inPacks);
   mark(byId("tab-documents"), !inPacks);
   if (inPacks) {
-    Object.assign(state, { block: first ?? 0, row: second ?? 0 });
-    await showPack(packs, state.block, state.row, state.folders, openPack, fresh);
+    Object.assign(state, { segment: first ?? 0, block: second ?? 0, row: third ?? 0 });
+    await showPack(packs, state, state, openPack, fresh);
     return;
   }
   const folder = state.folders[first] ? first : 0;
@@ -50,7 +51,7 @@ async function route() {
   }
   list.mark(state.number);
   await showDocument(page, folder, state.number,
-    { tokens: state.tokens, block: state.packs ? state.block : null }, openDocument, fresh);
+    { tokens: state.tokens, block: state.segments.length ? { ...state } : null }, openDocument, fresh);
   if (fresh()) page.scrollTop = 0;
 }
 
@@ -108,7 +109,7 @@ function playOrPause() {
 }
 
 const inPacks = () => !packs.hidden;
-const step = (by) => (inPacks() ? openPack(state.block, state.row + by) : list.step(by));
+const step = (by) => (inPacks() ? openPack(state.segment, state.block, state.row + by) : list.step(by));
 const KEYS = {
   j: () => step(1),
   k: () => step(-1),
@@ -117,10 +118,12 @@ const KEYS = {
   " ": playOrPause,
   g: () => (inPacks() ? packs : page).querySelector(".goto")?.select(),
   r: () => [...(inPacks() ? packs : page).querySelectorAll(".stepper button")].at(-1)?.click(),
-  "[": () => inPacks() && openPack(state.block - 1, 0),
-  "]": () => inPacks() && openPack(state.block + 1, 0),
+  "[": () => inPacks() && openPack(state.segment, state.block - 1, 0),
+  "]": () => inPacks() && openPack(state.segment, state.block + 1, 0),
+  "{": () => inPacks() && openPack(state.segment - 1, 0, 0),
+  "}": () => inPacks() && openPack(state.segment + 1, 0, 0),
   d: () => { location.hash = byId("tab-documents").hash; },
-  p: () => state.packs && openPack(state.block, state.row),
+  p: () => state.segments.length && openPack(state.segment, state.block, state.row),
   "?": () => byId("keys").showModal(),
   Escape: () => { if (!inPacks()) location.hash = `#documents/${state.folder}`; },
 };
@@ -137,9 +140,9 @@ document.addEventListener("keydown", (event) => {
 });
 
 async function start() {
-  const { folders, packs: hasPacks } = await call("folders", {});
-  Object.assign(state, { folders, packs: hasPacks });
-  byId("tab-packs").hidden = !hasPacks;
+  const { folders, segments } = await call("folders", {});
+  Object.assign(state, { folders, segments });
+  byId("tab-packs").hidden = !segments.length;
   chooser.replaceChildren(...folders.map((folder, number) =>
     element("option", { value: number, title: folder.location }, `${folder.name} (${count(folder.samples)})`)));
   chooser.addEventListener("change", () => { location.hash = `#documents/${chooser.value}`; });

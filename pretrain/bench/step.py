@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m triweave.pretrain.bench.step REQUEST.json
 
-spine   `Engine.train_window` with everything a run does around it: announcement, checks of towers and gradients, the
-        exact global mean, the ledger of consumed samples, telemetry, the agreement to go on
+spine   `train.run_steps`, the loop of every run, over windows that are there: announcement, checks of towers and
+        gradients, the exact global mean, heartbeats, the ledger of consumed samples, telemetry, the agreements of the
+        ranks; no step of it saves
 bare    deepspeed.initialize with torch's AdamW; forward, backward and step of each micro-batch's own mean
 fsdp2   torch's fully_shard over the decoder's blocks, the same loop with AdamW; it shards as ZeRO 3 does
 
@@ -14,12 +15,14 @@ steps are not counted. The three take turns in one process group; the median of 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,22 +33,24 @@ from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
-from triweave.data_pipeline.stream.stalls import StallMeter
-from triweave.pretrain.batch import kernel_tables, to_device
+from triweave.pretrain.batch import to_device
+from triweave.pretrain.checkpoints.checkpoint import CheckpointSaver
 from triweave.pretrain.config import RunConfig, load_config
 from triweave.pretrain.engine.config import deepspeed_config
-from triweave.pretrain.engine.memory import state_bytes_per_parameter, tensor_bytes
+from triweave.pretrain.engine.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 from triweave.pretrain.engine.optimizer import group_parameters
 from triweave.pretrain.engine.world import World, close_world, leave, open_world
 from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.ledger.consumed import ConsumedLedger
 from triweave.pretrain.model.model import MultimodalTransformer
-from triweave.pretrain.objectives.losses import weight_by_modality
-from triweave.pretrain.telemetry import Telemetry
+from triweave.pretrain.objectives.losses import weight_by_slot
+from triweave.pretrain.start import build_engine, build_loader, open_heartbeat, open_ledger, open_telemetry
+from triweave.pretrain.train import Run, run_steps
 
 WINDOWS_KEPT = 4
 WINDOWS_TRIED = 64
+ENDLESS_STEPS = 1 << 30
+"""`train.steps` of the spine under measurement, which so neither ends nor saves."""
 SMALL_BUCKETS = {
     "reduce_bucket_size": 1 << 16,
     "allgather_bucket_size": 1 << 16,
@@ -62,7 +67,8 @@ class StepFigures:
     """Medians of one ZeRO stage; times of a turn in seconds.
 
     spine_over_bare: ratio of the times within a turn; fsdp2_over_bare likewise, None below ZeRO 3. bytes_per_param: of
-        tensors before the update, on rank 0; formula_bytes_per_param: by `memory.state_bytes_per_parameter`.
+        tensors before the update, on rank 0; formula_bytes_per_param: by `memory.state_bytes_per_parameter`, at ZeRO 1
+        and 2 with the gradients of `memory.straddling_bytes`.
     """
 
     stage: int
@@ -80,12 +86,19 @@ class StepFigures:
 
 def measure(config: RunConfig, world: World, *, steps: int, repeats: int) -> StepFigures:
     """Measure one config's stage; collective. Raises PretrainError where its data has no window to compare on."""
+    if config.train.sequence_parallel > 1:
+        raise PretrainError(
+            f"train.sequence_parallel is {config.train.sequence_parallel}, and the bare loop that the spine is "
+            "measured against knows whole rows only; add train.sequence_parallel=1"
+        )
     windows, loader = whole_windows(config, world)
     bytes_per_param = _memory(config, world, loader, windows)
     turns: dict[str, Callable[[], None]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         turns["bare"] = _bare(config, world, loader, windows, steps)
-        turns["spine"] = _spine(replace(config, run_dir=folder), world, loader, windows, steps)
+        spine = _spine(replace(config, run_dir=folder), world, loader, windows, steps)
+        turns["spine"] = stack.enter_context(spine)
         if config.train.zero_stage == 3:
             turns["fsdp2"] = _fsdp2(config, world, loader, windows, steps)
         seconds: dict[str, list[float]] = {name: [] for name in turns}
@@ -112,23 +125,27 @@ def measure(config: RunConfig, world: World, *, steps: int, repeats: int) -> Ste
         spine_over_bare=over_bare("spine"),
         fsdp2_over_bare=over_bare("fsdp2") if "fsdp2" in seconds else None,
         bytes_per_param=bytes_per_param,
-        formula_bytes_per_param=state_bytes_per_parameter(
-            config.train.zero_stage, world.size, config.train.precision, accumulation=loader.accumulation
-        ),
+        formula_bytes_per_param=_formula(config, world, loader),
     )
+
+
+def _formula(config: RunConfig, world: World, loader: StepLoader) -> float:
+    """Return the bytes per parameter that this rank should hold before an update, when every gradient is reduced."""
+    stage = config.train.zero_stage
+    state = state_bytes_per_parameter(stage, world.size, config.train.precision)
+    if stage not in (1, 2):
+        return state
+    model = _model(config, loader, world)
+    groups = [
+        [parameter.numel() for parameter in group["params"]]
+        for group in group_parameters(model.named_parameters(), config.optimizer)
+    ]
+    return state + straddling_bytes(groups, world.size, world.rank) / model.parameters_total
 
 
 def whole_windows(config: RunConfig, world: World) -> tuple[list[StepWindow], StepLoader]:
     """Return windows in which all ranks hold all modalities in each micro-batch, and their loader; collective."""
-    loader = StepLoader(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        global_batch_rows=config.train.global_batch_rows,
-        micro_batch_rows=config.train.micro_batch_rows,
-        state=None,
-        post_pack=kernel_tables(config.model, world.device, config.train.dtype),
-    )
+    loader = build_loader(config, world, None)
     kept: list[StepWindow] = []
     for _, window in zip(range(WINDOWS_TRIED), loader, strict=False):
         whole = all(set(batch.payloads) == set(loader.media_features) for batch in window.micro_batches)
@@ -172,29 +189,29 @@ def _memory(config: RunConfig, world: World, loader: StepLoader, windows: Sequen
     return (seen[0] - before) / parameters
 
 
+@contextlib.contextmanager
 def _spine(
     config: RunConfig, world: World, loader: StepLoader, windows: Sequence[StepWindow], steps: int
-) -> Callable[[], None]:
-    engine = Engine(_model(config, loader, world), config, world, accumulation=loader.accumulation)
-    ledger = ConsumedLedger(config.run_dir, 1, world.rank)
-    telemetry = Telemetry(
-        config.run_dir,
-        rank=world.rank,
-        first_step=1,
-        total_steps=1 << 30,
-        every_steps=1 << 30,
-        stalls=StallMeter.of(config.data),
-    )
+) -> Iterator[Callable[[], None]]:
+    """Yield a turn of the loop that every run executes, in a run that never comes to its last step."""
+    train = replace(config.train, steps=ENDLESS_STEPS, log_every_steps=ENDLESS_STEPS)
+    config = replace(config, train=train, checkpoint=replace(config.checkpoint, every_steps=0))
+    engine = build_engine(config, world, loader, None)
+    stream = itertools.cycle(windows)
+    with (
+        open_heartbeat(config, world) as heartbeat,
+        open_ledger(config, world, None) as ledger,
+        open_telemetry(config, engine) as telemetry,
+        CheckpointSaver(engine, config.checkpoint, config.run_dir) as saver,
+    ):
+        run = Run(
+            config=config, engine=engine, heartbeat=heartbeat, ledger=ledger, telemetry=telemetry, saver=saver, stop=()
+        )
+        yield lambda: _all_done(run_steps(run, stream, until=engine.step + steps))
 
-    def turn() -> None:
-        for number in range(steps):
-            window = windows[number % len(windows)]
-            result = engine.train_window(window.micro_batches)
-            ledger.write(result.step, window.micro_batches)
-            telemetry.step(result, window.load)
-            world.agree(stop=False)
 
-    return turn
+def _all_done(finished: bool) -> None:
+    assert finished, "nobody has asked the spine to stop"
 
 
 def _bare(
@@ -252,7 +269,7 @@ def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def _supervised(batch: PackedBatch) -> float:
-    return max(1.0, float(weight_by_modality(batch).sum()))
+    return max(1.0, float(weight_by_slot(batch).sum()))
 
 
 def main(argv: Sequence[str]) -> int:

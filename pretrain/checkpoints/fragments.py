@@ -7,17 +7,20 @@ Attribute names are those of DeepSpeed 0.19.8, seen in its sources:
     stage 1, 2         one flat fp32 partition per group (single_partition_of_fp32_groups)
     stage 1 in bf16    the same under other names (BF16_Optimizer.fp32_groups_flat_partition)
     stage 3            one flat fp32 partition per sub-group; ceil(numel / ranks) of every parameter on each rank
+    stage 3 on NVMe    the same in files, of which the views are maps (`engine.nvme`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from triweave.pretrain.engine.nvme import file_groups, flush_state, in_files, in_memory, map_state
 from triweave.pretrain.engine.optimizer import TowerAdamW
 from triweave.pretrain.engine.world import World
 
@@ -55,6 +58,10 @@ def fragments(engine: Any, adamw: TowerAdamW, shapes: Mapping[str, tuple[int, ..
     found: list[Fragment] = []
     optimizer = engine.optimizer
     locate = _locator(optimizer, adamw)
+    maps = {}
+    for sub_group in file_groups(optimizer):
+        flat = optimizer.fp32_partitioned_groups_flat[sub_group]
+        maps[flat] = map_state(optimizer, sub_group, adamw.state[flat])
     for name, parameter in engine.module.named_parameters():
         shape = shapes[name]
         if not parameter.requires_grad:
@@ -68,7 +75,7 @@ def fragments(engine: Any, adamw: TowerAdamW, shapes: Mapping[str, tuple[int, ..
         if numel <= 0:
             continue
         state = adamw.state[flat]
-        tensors = {"weight": flat, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        tensors = maps.get(flat) or {"weight": flat, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         found.append(
             Fragment(
                 name=name,
@@ -84,8 +91,10 @@ def fragments(engine: Any, adamw: TowerAdamW, shapes: Mapping[str, tuple[int, ..
 
 def fill_optimizer_state(optimizer: Any, adamw: TowerAdamW) -> None:
     """Create AdamW's zero state for whatever tensors the stage really optimizes."""
-    for flat in getattr(optimizer, "fp32_partitioned_groups_flat", ()):
-        adamw.fill_parameter_state(flat)
+    files = file_groups(optimizer)
+    for sub_group, flat in enumerate(getattr(optimizer, "fp32_partitioned_groups_flat", ())):
+        with in_memory(optimizer, sub_group, write=True) if sub_group in files else nullcontext():
+            adamw.fill_parameter_state(flat)
     adamw.fill_state()
 
 
@@ -95,7 +104,12 @@ def publish_weights(engine: Any) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer._partition_all_parameters()
         for sub_group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if not in_files(optimizer, sub_group):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+                continue
+            flush_state(optimizer, sub_group)
+            with in_memory(optimizer, sub_group, write=False):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif hasattr(optimizer, "update_lp_params"):

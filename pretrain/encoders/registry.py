@@ -16,6 +16,7 @@ from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.clip import ClipTower
 from triweave.pretrain.open_models.qwen_vision import QwenVisionTower
 from triweave.pretrain.open_models.vision import OpenVisionTower
+from triweave.pretrain.open_models.whisper import WhisperTower
 
 ENCODERS: dict[str, dict[str, type[Tower]]] = {
     "image": {"patch": ImagePatchEmbedder, "vit": VisionTransformer, "cnn": ImageConvolution},
@@ -27,10 +28,11 @@ ENCODERS: dict[str, dict[str, type[Tower]]] = {
     },
 }
 """Modality name -> kind -> tower class."""
-OPEN_ENCODERS: dict[str, type[OpenVisionTower]] = {
+OPEN_ENCODERS: dict[str, type[OpenVisionTower | WhisperTower]] = {
     "clip": ClipTower,
     "siglip": ClipTower,
     "qwen2_5_vl": QwenVisionTower,
+    "whisper": WhisperTower,
 }
 """Kind in `model.open_encoders` -> tower class."""
 

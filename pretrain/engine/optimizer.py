@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -161,12 +163,15 @@ class TowerAdamW(torch.optim.AdamW):
 
     `allowed` is asked before every update, once for each group; while it returns False nothing changes at all.
 
+    Where `norms` is a dict, an update adds each tower's sums of squares to it: [gradient, change of weights].
+
     DeepSpeed steps all groups at once (ZeRO 0, bf16 at 1), group by group (1, 2) or sub-group by sub-group (3), always
     through `step` of this client optimizer, so this one place serves every stage. Nothing is compiled at first use.
     """
 
     absent: frozenset[str] = frozenset()
     allowed: Callable[[], bool] = staticmethod(lambda: True)
+    norms: dict[str, npt.NDArray[np.float64]] | None = None
 
     def step(self, closure: Any = None) -> Any:
         """Update the groups of all present towers, if it is allowed."""
@@ -175,9 +180,25 @@ class TowerAdamW(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["tower"] not in self.absent]
         try:
-            return super().step(closure)
+            if self.norms is None:
+                return super().step(closure)
+            return self._measured_step(closure, self.norms)
         finally:
             self.param_groups = groups
+
+    def _measured_step(self, closure: Any, norms: dict[str, npt.NDArray[np.float64]]) -> Any:
+        held = [
+            (group["tower"], parameter, parameter.detach().clone())
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        gradients = [float(parameter.grad.square().sum(dtype=torch.float64)) for _, parameter, _ in held]
+        answer = super().step(closure)
+        for (tower, parameter, before), gradient in zip(held, gradients, strict=True):
+            change = float((parameter.detach() - before).square().sum(dtype=torch.float64))
+            norms[tower] = norms.get(tower, np.zeros(2)) + np.array([gradient, change])
+        return answer
 
     def fill_state(self) -> None:
         """Create zero moments and a zero step count for every parameter, what AdamW would do at its first step.

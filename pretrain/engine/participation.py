@@ -30,10 +30,11 @@ from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.engine.config import AbsentModality
+from triweave.pretrain.engine.work import WORK_FIGURES, Work
 from triweave.pretrain.engine.world import World
 from triweave.pretrain.errors import ParticipationError
 from triweave.pretrain.objectives.contrastive import live_segments
-from triweave.pretrain.objectives.losses import MODALITY_SLOTS, weight_by_modality
+from triweave.pretrain.objectives.losses import weight_by_slot
 
 NAMED_SAMPLES = 8
 """An error names at most this many samples of a micro-batch."""
@@ -71,9 +72,9 @@ class Window:
     calls: bool [ranks, micro-batches, towers].
     weights: float64 [MODALITY_SLOTS] supervised weight of the step by what the target follows, over all ranks.
     segments: int64 [ranks, micro-batches] one-span segments that take part in a contrastive loss.
-    tokens: positions of the step that are no padding, over all ranks.
     data_wait_s: longest wait for data of any rank.
-    flops: of the step's training, all ranks' together (`flops.Flops.training`); 0 where nobody counted.
+    work: of the step, all ranks' together; nothing where nobody counted. rank_flops: float64 [ranks] each one's share.
+    source_weights: float64 [sources] supervised weight of the step by source, over all ranks.
     absent_modality: what becomes of towers that are not called, see the module.
     task_weights: float64 [T] sum of the weights of each objective's rows (`objectives.rows`), over all ranks.
     """
@@ -82,11 +83,23 @@ class Window:
     calls: npt.NDArray[np.bool_]
     weights: npt.NDArray[np.float64]
     segments: npt.NDArray[np.int64]
-    tokens: int
     data_wait_s: float
-    flops: float = 0.0
+    work: Work = field(default_factory=Work)
+    rank_flops: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    source_weights: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     absent_modality: AbsentModality = "skip"
     task_weights: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the step that are no padding, over all ranks."""
+        return int(self.work.tokens.sum())
+
+    @property
+    def rank_imbalance(self) -> float:
+        """The most FLOPs of any rank over their mean; of sequence-parallel groups over the mean of the groups."""
+        own = self.rank_flops[self.rank_flops > 0]
+        return float(own.max() / own.mean()) if own.size else 1.0
 
     @property
     def supervised(self) -> float:
@@ -129,9 +142,12 @@ def announce(
     absent_modality: AbsentModality = "skip",
     data_wait_s: float = 0.0,
     task_weights: Sequence[float] = (),
-    flops: float = 0.0,
+    work: Work | None = None,
+    sources: int = 1,
 ) -> Window:
     """Exchange the coming window's tower calls, weights and segments; collective, once per optimizer step.
+
+    work: what this rank has of the step, to be added up. sources: of the run.
 
     Raises ParticipationError on all ranks when a rank holds a modality the model has no tower for, or, with
     absent_modality=align, lacks one that another rank holds in the same micro-batch.
@@ -140,24 +156,25 @@ def announce(
     unknown = sorted({name for batch in micro_batches for name in batch.payloads} - set(towers))
     for index, batch in enumerate(micro_batches):
         calls[index] = [name in batch.payloads for name in towers]
-    weights = np.sum([weight_by_modality(batch) for batch in micro_batches], axis=0)
-    tokens = sum(int((batch.modality_ids >= 0).sum()) for batch in micro_batches)
+    weights = np.sum([weight_by_slot(batch, sources) for batch in micro_batches], axis=0)
     segments = [np.count_nonzero(live_segments(batch)) for batch in micro_batches]
-    own = [[len(unknown), data_wait_s, tokens, flops], weights, segments, task_weights, calls.ravel()]
+    own = [[len(unknown), data_wait_s], (work or Work()).row, weights.ravel(), segments, task_weights, calls.ravel()]
     rows = world.gather(np.concatenate(own))
     if rows[:, 0].any():
         world.agree(_without_tower(world, towers, micro_batches, unknown, step) if unknown else None)
-    tasks = 4 + MODALITY_SLOTS + len(micro_batches)
-    head = tasks + len(task_weights)
+    ends = np.cumsum([2, WORK_FIGURES, weights.size, len(micro_batches), len(task_weights)])
+    _, works, all_weights, all_segments, tasks, all_calls = np.split(rows, ends, axis=1)
+    totals = all_weights.sum(axis=0).reshape(weights.shape)
     window = Window(
         towers=tuple(towers),
-        calls=rows[:, head:].reshape(world.size, len(micro_batches), len(towers)).astype(bool),
-        weights=rows[:, 4 : 4 + MODALITY_SLOTS].sum(axis=0),
-        segments=rows[:, 4 + MODALITY_SLOTS : tasks].astype(np.int64),
-        task_weights=rows[:, tasks:head].sum(axis=0),
-        tokens=int(rows[:, 2].sum()),
+        calls=all_calls.reshape(world.size, len(micro_batches), len(towers)).astype(bool),
+        weights=totals.sum(axis=0),
+        source_weights=totals.sum(axis=1),
+        segments=all_segments.astype(np.int64),
+        task_weights=tasks.sum(axis=0),
         data_wait_s=float(rows[:, 1].max()),
-        flops=float(rows[:, 3].sum()),
+        work=Work.of_row(works.sum(axis=0)),
+        rank_flops=works[:, 0],
         absent_modality=absent_modality,
     )
     if absent_modality == "align" and (window.calls.any(axis=0) != window.calls.all(axis=0)).any():

@@ -9,32 +9,37 @@ one number of the whole step (`contrastive_window`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.pretrain.batch import to_device
 from triweave.pretrain.checkpoints.fragments import Fragment, fill_optimizer_state, fragments, publish_weights
-from triweave.pretrain.engine.config import deepspeed_config, offloads
-from triweave.pretrain.engine.last_words import last_words, leave_words
+from triweave.pretrain.engine.compile import compile_blocks
+from triweave.pretrain.engine.config import Precision, deepspeed_config, offload_device, offloads
+from triweave.pretrain.engine.forward import WatchedForward
+from triweave.pretrain.engine.last_words import LastWords
 from triweave.pretrain.engine.loss_norm import normalised
-from triweave.pretrain.engine.optimizer import TRUNK, build_adamw, freeze, group_parameters, tower_of
-from triweave.pretrain.engine.participation import TowerWatch, Window, announce, name_samples
+from triweave.pretrain.engine.loss_scale import LossScale
+from triweave.pretrain.engine.nvme import keep_gradients, refuse_without_libaio, remove_files
+from triweave.pretrain.engine.optimizer import TRUNK, TowerAdamW, build_adamw, freeze, group_parameters, tower_of
+from triweave.pretrain.engine.participation import TowerWatch, Window, announce
 from triweave.pretrain.engine.schedule import learning_rate_factor
+from triweave.pretrain.engine.slices import slice_rows
+from triweave.pretrain.engine.update import JudgedUpdate, TowerNorms
+from triweave.pretrain.engine.work import Work, count_work
 from triweave.pretrain.engine.world import World
-from triweave.pretrain.errors import HealthError, NonFiniteError, ParticipationError, PretrainError
+from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.health.heartbeat import mark_phase, noted
 from triweave.pretrain.health.judge import HEALTHY, StepJudge, Verdict
-from triweave.pretrain.model.flops import count_flops
 from triweave.pretrain.objectives.balance import Decision, TaskBalance
 from triweave.pretrain.objectives.contrastive_window import ContrastiveFigures, ContrastiveWindow
 from triweave.pretrain.objectives.losses import MODALITY_SLOTS, LossSums
@@ -43,9 +48,6 @@ from triweave.pretrain.objectives.window import CONTRASTIVE, LANGUAGE_MODEL, Tas
 
 if TYPE_CHECKING:
     from triweave.pretrain.config import RunConfig
-
-NAMED_RANKS = 4
-"""A verdict on a bad step names the samples of at most so many ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,12 @@ class StepResult:
     tasks: objective -> its figures, of those that the step has trained and that had rows. decision: what was chosen.
     several_tasks: whether the run trains more than one objective.
     cross_entropy: float64 [MODALITY_SLOTS] sums by what the target follows, nats; window.weights are the denominators.
+    by_source: the same sums by source; window.source_weights are their denominators, in the same order.
     grad_norm: global L2 norm before clipping, NaN or infinite where a gradient is. lr: learning rate of the trunk and
-        all towers. step_s: seconds.
+        all towers. step_s: seconds. tower_norms: of the trunk and the towers that were updated, in the steps that
+        `train.norms_every_steps` names.
     verdict: whether the weights were updated, and why not; the figures of a bad step may be NaN.
-    precision: what it computed in.
+    precision: what it computed in. loss_scale: what the loss was multiplied by in fp16.
     """
 
     step: int
@@ -76,9 +80,29 @@ class StepResult:
     tasks: dict[str, TaskFigures]
     decision: Decision
     several_tasks: bool = False
+    by_source: dict[str, float] = field(default_factory=dict)
+    tower_norms: dict[str, TowerNorms] = field(default_factory=dict)
     contrastive: ContrastiveFigures | None = None
     verdict: Verdict = HEALTHY
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Losses:
+    """Sums over all ranks and micro-batches of a step.
+
+    total: what the heads minimise, NaN where any of the sums is not finite; finite_here: whether this rank's all are.
+    by_slot: [sources, MODALITY_SLOTS] cross-entropy by source and by what the target follows, nats.
+    of_tasks: [2 T] as `TaskWindow.sums`.
+    accurate: objectives whose hits mean something.
+    """
+
+    total: float
+    by_slot: npt.NDArray[np.float64]
+    of_tasks: list[float]
+    accurate: tuple[str, ...]
+    finite_here: bool
 
 
 class Engine:
@@ -86,7 +110,7 @@ class Engine:
 
     Attributes: `model` (the bare module), `step` (windows trained on, those included whose update was left out),
     `accumulation` (micro-batches per step and rank), `world`, `judge` (of the health of steps), `balance` (of the
-    objectives).
+    objectives), `loss_scale` (of fp16).
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, world: World, *, accumulation: int) -> None:
@@ -94,13 +118,12 @@ class Engine:
 
         Raises PretrainError for a `deepspeed` section with keys of ours or values DeepSpeed does not take.
         """
-        import deepspeed
-
         self.model, self.world, self.accumulation, self.step = model, world, accumulation, 0
         self._config = config
         self.before_update: Callable[[], None] = lambda: None
-        self.judge = StepJudge(config.health)
+        self.judge, self.loss_scale = StepJudge(config.health), LossScale(config.train.loss_scale)
         self._objectives = config.model.objective_names
+        self._sources = [source.name for source in config.data.sources]
         self.balance = TaskBalance(
             {name: config.model.objectives[name] for name in self._objectives},
             config.model.joint_loss,
@@ -112,72 +135,75 @@ class Engine:
             set(model.state_dict(keep_vars=True)) - {n for n, _ in model.named_parameters(remove_duplicate=False)}
         )
         assert not persistent, f"checkpoints hold parameters only, but the model has buffers: {persistent}"
+        self._slicer = slice_rows(model, config, world)
         freeze(model, config.optimizer)
         trained = {tower_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._frozen_trunk = TRUNK not in trained
         self.towers = tuple(model.get_submodule("towers")._modules)
-        self._watch = TowerWatch(model, self.towers, world)
+        watch = TowerWatch(model, self.towers, world)
         groups = group_parameters(model.named_parameters(), config.optimizer)
         self.adamw = build_adamw(groups, config.optimizer)
         settings = deepspeed_config(
             config, accumulation=accumulation, parameters=sum(parameter.numel() for parameter in model.parameters())
         )
-        # A gradient in host memory begins anew with the first micro-batch and reaches the optimizer with the last one,
-        # for parameters that have one in these: towers that the step holds anywhere then take part in all.
-        self._offloads = offloads(settings)
-        try:
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=self.adamw, config=settings, dist_init_required=False
-            )
-        except ValueError as error:  # pydantic's validation errors are ValueErrors
-            reason = " ".join(str(error).split())
-            raise PretrainError(f"DeepSpeed refuses the deepspeed section: {reason}") from error
-        self._watch.refuse_lone_gathers()
+        if config.train.compile:
+            compile_blocks(model, zero_stage=config.train.zero_stage, device=world.device)
+        self._deepspeed = _under_deepspeed(model, self.adamw, settings)
+        watch.refuse_lone_gathers()
         fill_optimizer_state(self._deepspeed.optimizer, self.adamw)
+        stage = config.train.zero_stage
+        peers_wait = world.size > 1 and (stage == 3 or config.train.sequence_parallel > 1)
+        self._forward = WatchedForward(
+            self._deepspeed,
+            watch,
+            world,
+            words=LastWords(config.run_dir, world) if peers_wait else None,
+            offloads=offloads(settings),
+            frozen_trunk=TRUNK not in trained,
+            sources=len(self._sources),
+        )
+        self._update = JudgedUpdate(
+            self._deepspeed,
+            self.adamw,
+            model,
+            self.judge,
+            world,
+            zero_stage=stage,
+            clip_norm=config.optimizer.clip_norm,
+            norms_every_steps=config.train.norms_every_steps,
+            loss_scale=self.loss_scale if config.train.precision == "fp16" else None,
+        )
 
     def train_window(self, micro_batches: Sequence[PackedBatch], *, data_wait_s: float = 0.0) -> StepResult:
         """Take one optimizer step over this rank's micro-batches; collective.
 
+        Ranks of one sequence-parallel group get the same ones, and each trains on its slice of their rows.
+
         Towers nobody holds in the window stay bit-unchanged, and so does everything after a step that the judge of the
         run's health finds bad. Raises ParticipationError before any gradient of a micro-batch is reduced, and on all
         ranks NonFiniteError or HealthError where the judge ends the run;
-        under ZeRO-3 a wrong tower call is raised by its own rank first, since its peers already wait for a gather; they
-        raise it when that rank's process has ended (`last_words`).
+        under ZeRO-3, and where ranks share rows, a wrong tower call is raised by its own rank first, since its peers
+        already wait in a collective; they raise it when that rank's process has ended (`last_words`).
         The engine is not usable after an error.
         """
-        started = time.perf_counter()
+        started, loss_scale = time.perf_counter(), self._loss_scale()
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         micro_batches = [normalised(batch, self._config.train.loss_norm) for batch in micro_batches]
-        window = announce(
-            self.world,
-            self.towers,
-            micro_batches,
-            step=self.step + 1,
-            absent_modality=self._config.train.absent_modality,
-            data_wait_s=data_wait_s,
-            task_weights=self._task_weights(micro_batches),
-            flops=self._flops(micro_batches),
-        )
+        work = self._work(micro_batches)
+        if self._slicer is not None:
+            micro_batches = self._slicer.window(micro_batches, self.world, step=self.step + 1)
+        window = self._announce(micro_batches, data_wait_s, work)
         self._begin_window(window)
         tasks = self._task_window(window)
         contrastive = self._contrastive_window(micro_batches, window, tasks)
-        width = 2 + MODALITY_SLOTS + 2 * len(self._objectives)
-        sums = torch.zeros(width, dtype=torch.float64, device=self.world.device)
-        accurate: set[str] = set()
-        for index, batch in enumerate(micro_batches):
-            found = self._forward(batch, window, index, tasks.only, tasks.factors)
-            self._deepspeed.backward(self._minimised(found, tasks, contrastive, index), scale_wrt_gas=False)
-            mine = [found.total.detach().view(1), _probe(found), found.per_modality, tasks.sums(found)]
-            sums += torch.cat(mine).double()
-            accurate |= set(found.hits)
-            if index < self.accumulation - 1:
-                self._deepspeed.step()
-        (total, _, *reduced), finite_here = self._reduce_sums(sums)
+        losses = self._accumulate(micro_batches, window, tasks, contrastive)
         pairs = contrastive.figures if contrastive is not None else None
-        figures = tasks.figures(reduced[MODALITY_SLOTS:], tuple(accurate), pairs)
+        figures = tasks.figures(losses.of_tasks, losses.accurate, pairs)
         means = {name: figure.loss for name, figure in figures.items()}
-        level = self.balance.level(means) if math.isfinite(total) else math.nan
-        grad_norm, verdict = self._update(level, finite_here, micro_batches)
+        level = self.balance.level(means) if math.isfinite(losses.total) else math.nan
+        mark_phase("update")
+        self.before_update()
+        grad_norm, verdict, norms = self._update(level, losses.finite_here, micro_batches, step=self.step + 1)
+        self.step += 1
         if verdict.action == "update":
             self.balance.observe(means)
         return StepResult(
@@ -188,13 +214,16 @@ class Engine:
             decision=tasks.decision,
             several_tasks=len(self.balance.objectives) > 1,
             contrastive=pairs,
-            cross_entropy=reduced[:MODALITY_SLOTS],
+            cross_entropy=losses.by_slot.sum(axis=0).tolist(),
+            by_source=dict(zip(self._sources, losses.by_slot.sum(axis=1).tolist(), strict=True)),
             grad_norm=grad_norm,
+            tower_norms=norms,
             lr=self.adamw.param_groups[0]["lr"],
             step_s=time.perf_counter() - started,
             window=window,
             verdict=verdict,
             precision=self._config.train.precision,
+            loss_scale=loss_scale,
         )
 
     def fragments(self) -> list[Fragment]:
@@ -206,12 +235,28 @@ class Engine:
         publish_weights(self._deepspeed)
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks and buffers, and its files."""
+        remove_files(self._deepspeed.optimizer)
         self._deepspeed.destroy()
 
-    def _flops(self, micro_batches: Sequence[PackedBatch]) -> float:
-        config, vocab_size = self._config.model, self.shapes["token_embedding.weight"][0]
-        return float(sum(count_flops(batch, config, vocab_size).training for batch in micro_batches))
+    def _work(self, micro_batches: Sequence[PackedBatch]) -> Work:
+        """Return what whole micro-batches hold; nothing where another rank counts the same ones."""
+        if self._slicer is not None and self._slicer.place:
+            return Work()
+        return count_work(micro_batches, self._config.model, self.shapes["token_embedding.weight"][0])
+
+    def _announce(self, micro_batches: Sequence[PackedBatch], data_wait_s: float, work: Work) -> Window:
+        return announce(
+            self.world,
+            self.towers,
+            micro_batches,
+            step=self.step + 1,
+            absent_modality=self._config.train.absent_modality,
+            data_wait_s=data_wait_s,
+            task_weights=self._task_weights(micro_batches),
+            work=work,
+            sources=len(self._sources),
+        )
 
     def _begin_window(self, window: Window) -> None:
         factor = learning_rate_factor(self._config.schedule, self.step + 1, self._config.train.steps)
@@ -223,6 +268,13 @@ class Engine:
         buffer = getattr(self._deepspeed.optimizer, "grad_partitions_flat_buffer", None)
         if buffer is not None:
             buffer.zero_()
+
+    def _loss_scale(self) -> float | None:
+        """Have DeepSpeed scale the losses of a step by what fp16 is to be scaled by; None for other precisions."""
+        if self._config.train.precision != "fp16":
+            return None
+        self._deepspeed.optimizer.loss_scaler.cur_scale = self.loss_scale.scale
+        return self.loss_scale.scale
 
     def _task_weights(self, micro_batches: Sequence[PackedBatch]) -> list[float]:
         return [sum(objective_weight(batch, name) for batch in micro_batches) for name in self._objectives]
@@ -253,11 +305,41 @@ class Engine:
             calibration = None
             with torch.no_grad():
                 for index in np.flatnonzero(window.segments.any(axis=0)).tolist():
-                    found = self._forward(micro_batches[index], window, index, (CONTRASTIVE,), tasks.factors)
+                    found = self._forward(
+                        micro_batches[index],
+                        window,
+                        index,
+                        step=self.step + 1,
+                        only=(CONTRASTIVE,),
+                        factors=tasks.factors,
+                    )
                     embeddings[index], calibration = _pooled(found)
             assert calibration is not None
             solver.solve(embeddings, calibration)
         return solver
+
+    def _accumulate(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        window: Window,
+        tasks: TaskWindow,
+        contrastive: ContrastiveWindow | None,
+    ) -> _Losses:
+        """Go forward and back through all micro-batches and return their sums over all ranks; collective."""
+        slots = len(self._sources) * MODALITY_SLOTS
+        width = 2 + slots + 2 * len(self._objectives)
+        sums = torch.zeros(width, dtype=torch.float64, device=self.world.device)
+        accurate: set[str] = set()
+        for index, batch in enumerate(micro_batches):
+            found = self._forward(batch, window, index, step=self.step + 1, only=tasks.only, factors=tasks.factors)
+            self._deepspeed.backward(self._minimised(found, tasks, contrastive, index), scale_wrt_gas=False)
+            by_slot = _padded(found.by_slot, slots)
+            mine = [found.total.detach().view(1), _probe(found), by_slot, tasks.sums(found)]
+            sums += torch.cat(mine).double()
+            accurate |= set(found.hits)
+            if index < self.accumulation - 1:
+                self._deepspeed.step()
+        return self._reduced(sums, accurate)
 
     def _minimised(
         self, found: LossSums, tasks: TaskWindow, contrastive: ContrastiveWindow | None, index: int
@@ -272,118 +354,34 @@ class Engine:
             objective = objective + tasks.precision(found, CONTRASTIVE) * learns
         return objective + tasks.once(found, contrastive.figures if contrastive else None, index)
 
-    def _forward(
-        self,
-        batch: PackedBatch,
-        window: Window,
-        index: int,
-        only: tuple[str, ...] | None,
-        factors: Mapping[str, float],
-    ) -> LossSums:
-        guards = window.guards(self.world.rank, index)
-        if self._offloads:
-            guards |= window.present - window.held(self.world.rank, index)
-        if self._frozen_trunk:  # or a micro-batch of text would have nothing to go back to
-            guards = frozenset(self.towers) - window.held(self.world.rank, index)
-        expected = window.held(self.world.rank, index) | guards
-        mark_phase(f"forward {index + 1}/{self.accumulation}")
-        violation: ParticipationError | None = None
-        try:
-            try:
-                with self._watch.forward_of(expected, step=self.step + 1, batch=batch):
-                    found: LossSums = self._deepspeed(to_device(batch, self.world.device), guards, only, factors)
-            except ParticipationError as error:
-                if self._config.train.zero_stage == 3:  # peers wait for gathers, not for an agreement
-                    leave_words(error)
-                    raise
-                violation = error
-            else:
-                violation = self._wrong_gradients(found, expected)
-            if self.world.size > 1 or violation:
-                self.world.agree(violation)
-        except RuntimeError as error:
-            if (reason := last_words()) is not None:
-                raise reason from error
-            raise
-        mark_phase(f"backward {index + 1}/{self.accumulation}")
-        return found
-
-    def _wrong_gradients(self, found: LossSums, expected: frozenset[str]) -> ParticipationError | None:
-        if not torch.is_grad_enabled():
-            return None
-        outputs = [found.total] if found.embeddings is None else [found.total, found.embeddings]
-        try:
-            self._watch.check_gradients(outputs, expected)
-        except ParticipationError as error:
-            return error
-        return None
-
-    def _reduce_sums(self, sums: torch.Tensor) -> tuple[list[float], bool]:
-        """Return the sums over all ranks, the first NaN where any is not finite, and whether this rank's are finite."""
+    def _reduced(self, sums: torch.Tensor, accurate: set[str]) -> _Losses:
         finite_here = bool(sums.isfinite().all())
         if self.world.size > 1:
             noted("all_reduce of the losses", dist.all_reduce)(sums)
         sums = sums.cpu()
-        if not sums.isfinite().all():
-            sums[0] = math.nan
-        return sums.tolist(), finite_here
+        total, _, *rest = sums.tolist()
+        slots = len(self._sources) * MODALITY_SLOTS
+        return _Losses(
+            total=total if sums.isfinite().all() else math.nan,
+            by_slot=np.reshape(rest[:slots], (-1, MODALITY_SLOTS)),
+            of_tasks=rest[slots:],
+            accurate=tuple(accurate),
+            finite_here=finite_here,
+        )
 
-    def _update(
-        self, objective: float, finite_here: bool, micro_batches: Sequence[PackedBatch]
-    ) -> tuple[float, Verdict]:
-        """Take the optimizer step unless the judge objects, and count the window; return the gradient norm as well.
 
-        The judge is asked by the client optimizer, which DeepSpeed calls behind its norm and before any weight changes;
-        where it does not call it, it has found an overflow and dropped the gradients itself.
-        """
-        mark_phase("update")
-        self.before_update()
-        norms: list[float] = []
-        verdicts: list[Verdict] = []
+def _under_deepspeed(model: nn.Module, adamw: TowerAdamW, settings: dict[str, Any]) -> Any:
+    import deepspeed
 
-        def allowed() -> bool:
-            if not verdicts:
-                norms.append(self._gradient_norm(clipped))
-                verdicts.append(self._judge(objective, norms[0]))
-            return verdicts[0].action == "update"
-
-        clipped = math.nan
-        if self._config.train.zero_stage == 0:
-            limit = self._config.optimizer.clip_norm or math.inf
-            clipped = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        self.adamw.allowed = allowed
-        self._deepspeed.step()
-        if not verdicts:
-            norms.append(math.nan)
-            verdicts.append(self._judge(objective, math.nan))
-        verdict = verdicts[0]
-        if verdict.action != "update":
-            verdict = self._with_samples(verdict, finite_here, micro_batches)
-        self.step += 1
-        return norms[0], verdict
-
-    def _gradient_norm(self, clipped: float) -> float:
-        """Return the global norm that DeepSpeed has just computed; `clipped` at stage 0, where we did."""
-        return clipped if self._config.train.zero_stage == 0 else float(self._deepspeed.optimizer._global_grad_norm)
-
-    def _judge(self, objective: float, grad_norm: float) -> Verdict:
-        figures = self.world.gather([objective, grad_norm]).max(axis=0)  # NaN of any rank stays
-        return self.judge.judge(self.step + 1, *figures.tolist())
-
-    def _with_samples(self, verdict: Verdict, finite_here: bool, micro_batches: Sequence[PackedBatch]) -> Verdict:
-        """Return the verdict with the samples of the ranks at fault, of all where none is; raise `stop` on all."""
-        mine = "; ".join(name_samples(batch) for batch in micro_batches)
-        faults = [flag == 0 for flag in self.world.gather([float(finite_here)])[:, 0]]
-        held = [
-            f"rank {rank} held samples {text}"
-            for rank, text in enumerate(self.world.texts(mine))
-            if faults[rank] or not any(faults)
-        ]
-        samples = "; ".join(held[:NAMED_RANKS]) + (f"; and {len(held) - NAMED_RANKS} more" * (len(held) > NAMED_RANKS))
-        if verdict.action == "stop":
-            kind = HealthError if verdict.finite else NonFiniteError
-            self.world.agree(kind(f"{verdict.reason}; {samples}; {self.judge.advice()}"))
-        return dataclasses.replace(verdict, samples=samples)
+    if offload_device(settings, "offload_optimizer") == "nvme":
+        refuse_without_libaio()
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+    except ValueError as error:  # pydantic's validation errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise PretrainError(f"DeepSpeed refuses the deepspeed section: {reason}") from error
+    keep_gradients(engine.optimizer)
+    return engine
 
 
 def _pooled(found: LossSums) -> tuple[torch.Tensor, torch.Tensor]:
@@ -391,6 +389,11 @@ def _pooled(found: LossSums) -> tuple[torch.Tensor, torch.Tensor]:
     assert found.embeddings is not None
     assert found.calibration is not None
     return found.embeddings.detach(), found.calibration.detach()
+
+
+def _padded(by_slot: torch.Tensor, slots: int) -> torch.Tensor:
+    """Return [slots]; a pass without a language model has zeros of one source only."""
+    return by_slot if len(by_slot) == slots else by_slot.new_zeros(slots)
 
 
 def _probe(found: LossSums) -> torch.Tensor:

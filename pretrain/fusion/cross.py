@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from triweave.kernels.attention_inputs import Tables
 from triweave.kernels.cross_attention import cross_attention
-from triweave.kernels.rms_norm import rms_norm
 from triweave.pretrain.fusion.arrangement import MediaAxis
+from triweave.pretrain.fusion.projections import AttentionProjections
 from triweave.pretrain.fusion.resampler import PerceiverResampler
 from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.model.kv_cache import MediaCache
@@ -63,39 +63,28 @@ class MediaKeys(nn.Module):
         return self.resampler(keys, axis, tiles) if hasattr(self, "resampler") else keys
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionProjections):
     """out(tanh(gate_h) softmax(q k^T / sqrt(K)) v) over the media that a position sees; q and k are RMS-normalised."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        H, G, K = config.heads, config.kv_heads, config.head_width
-        self.q = nn.Linear(config.d_model, H * K, bias=False)
-        self.kv = nn.Linear(config.d_model, 2 * G * K, bias=False)
-        self.out = nn.Linear(H * K, config.d_model, bias=False)
-        self.q_norm = nn.Parameter(torch.ones(K))
-        self.k_norm = nn.Parameter(torch.ones(K))
-        self.gate = nn.Parameter(torch.zeros(H))
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(config.heads))
 
     def forward(self, x: Tensor, media: Media, cache: MediaCache | None = None) -> Tensor:
         """Map x [B, R, D] to [B, R, D], 0 where a position sees no media.
 
         cache: keeps the keys and values of media.keys, or has those of an earlier call where that is None.
         """
-        config = self.config
-        H, G, K = config.heads, config.kv_heads, config.head_width
-        q = rms_norm(self.q(x).unflatten(-1, (H, K)), self.q_norm, eps=config.norm_eps)
+        q = self.queries(x)
         if media.keys is None:
             assert cache is not None, "media without keys are for decoding"
             k, v = cache.held()
         else:
-            k, v = self.kv(media.keys).unflatten(-1, (2 * G, K)).chunk(2, dim=2)
-            k = rms_norm(k, self.k_norm, eps=config.norm_eps)
+            k, v = self.keys_and_values(media.keys)
             if cache is not None:
                 cache.hold(k, v)
-        mixed = cross_attention(q, k, v, media.lo, media.hi, self.gate, tiles=media.tiles, impl=config.attention)
-        projected: Tensor = self.out(mixed.flatten(2))
-        return projected
+        tiles, implementation = media.tiles, self.config.attention
+        return self.projected(cross_attention(q, k, v, media.lo, media.hi, self.gate, tiles=tiles, impl=implementation))
 
 
 class CrossBlock(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from triweave.kernels.attention import attention
 from triweave.kernels.attention_inputs import Tables
-from triweave.kernels.rms_norm import rms_norm
 from triweave.pretrain.fusion.arrangement import MediaAxis
+from triweave.pretrain.fusion.projections import AttentionProjections
 from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.model.layers import FeedForward, RMSNorm
 
@@ -59,26 +59,11 @@ class ResamplerLayer(nn.Module):
         return added
 
 
-class ItemAttention(nn.Module):
+class ItemAttention(AttentionProjections):
     """Attention of each latent to the places of the joint axis that are its item's."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        H, G, K = config.heads, config.kv_heads, config.head_width
-        self.q = nn.Linear(config.d_model, H * K, bias=False)
-        self.kv = nn.Linear(config.d_model, 2 * G * K, bias=False)
-        self.out = nn.Linear(H * K, config.d_model, bias=False)
-        self.q_norm = nn.Parameter(torch.ones(K))
-        self.k_norm = nn.Parameter(torch.ones(K))
 
     def forward(self, queries: Tensor, joint: Tensor, axis: MediaAxis[Tensor], tiles: Tables | None) -> Tensor:
         """Return [B, L, D] of queries [B, L, D] over joint [B, T + L, D]."""
-        config = self.config
-        H, G, K = config.heads, config.kv_heads, config.head_width
-        q = rms_norm(self.q(queries).unflatten(-1, (H, K)), self.q_norm, eps=config.norm_eps)
-        k, v = self.kv(joint).unflatten(-1, (2 * G, K)).chunk(2, dim=2)
-        k = rms_norm(k, self.k_norm, eps=config.norm_eps)
-        mixed, _ = attention(q, k, v, axis.latent_lo, axis.latent_hi, tiles=tiles, impl=config.attention)
-        projected: Tensor = self.out(mixed.flatten(2))
-        return projected
+        q, (k, v) = self.queries(queries), self.keys_and_values(joint)
+        mixed, _ = attention(q, k, v, axis.latent_lo, axis.latent_hi, tiles=tiles, impl=self.config.attention)
+        return self.projected(mixed)

@@ -32,6 +32,8 @@ STARTING = "starting"
 """Phase of a rank before its first step."""
 DONE = "done"
 """Phase of a rank that has left its run in good order."""
+ENDED_BY = "ended by "
+"""How the phase of a rank begins that has left its run by an error, whose class follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,11 @@ class Beat:
     collectives: int
     waiting: bool
     time_s: float
+
+    @property
+    def ended(self) -> bool:
+        """Whether the rank has said that it leaves its run."""
+        return self.phase == DONE or self.phase.startswith(ENDED_BY)
 
 
 class Heartbeat:
@@ -98,7 +105,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.phase(DONE if kind is None else f"ended by {kind.__name__}")
+        self.phase(DONE if kind is None else f"{ENDED_BY}{kind.__name__}")
         self.close()
 
     def _write(self) -> None:

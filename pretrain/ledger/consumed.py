@@ -13,6 +13,7 @@ had not overtaken. It knows nothing of the plan: ids and token hashes come from 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,10 +50,11 @@ class ConsumedRow:
 class ConsumedLedger:
     """This rank's part of the ledger of one attempt."""
 
-    def __init__(self, run_dir: str | Path, attempt: int, rank: int) -> None:
+    def __init__(self, run_dir: str | Path, attempt: int, rank: int, *, writes_rows: bool = True) -> None:
+        """writes_rows: whether this rank is the one that tells of its rows, where several share them."""
         folder = _attempt_folder(run_dir, attempt)
         folder.mkdir(parents=True, exist_ok=True)
-        self.attempt = attempt
+        self.attempt, self._writes_rows = attempt, writes_rows
         self._roll_backs = folder / ROLL_BACKS if rank == 0 else None
         self._decisions = (folder / DECISIONS).open("a", encoding="utf-8") if rank == 0 else None
         self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
@@ -62,7 +64,7 @@ class ConsumedLedger:
 
         skipped: why its update was left out.
         """
-        for batch in micro_batches:
+        for batch in micro_batches if self._writes_rows else ():
             for row, ids, hashes in zip(batch.plan_rows.tolist(), batch.sample_ids, batch.sample_hashes, strict=True):
                 if row >= 0:
                     entry = {"step": step, "row": row, "ids": ids, "hashes": [int(value) for value in hashes]}
@@ -142,6 +144,18 @@ def read_decisions(run_dir: str | Path, attempt: int) -> list[Decision]:
     path = _attempt_folder(run_dir, attempt) / DECISIONS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [Decision(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def decisions_behind(run_dir: str | Path, attempt: int, step: int) -> list[Decision]:
+    """Return what the steps behind the checkpoint of a step have trained, in the attempt that wrote it or one since."""
+    found: dict[int, Decision] = {}
+    for number in sorted(_attempts(run_dir)):
+        with contextlib.suppress(OSError, ValueError):
+            path = _attempt_folder(run_dir, number) / LINEAGE
+            lineage = json.loads(path.read_text(encoding="utf-8"))
+            if number == attempt or (lineage["parent"], lineage["resumed_step"]) == (attempt, step):
+                found |= {each.step: each for each in read_decisions(run_dir, number) if each.step > step}
+    return list(found.values())
 
 
 def read_attempts(run_dir: str | Path) -> list[ConsumedRow]:

@@ -6,7 +6,7 @@ B rows, S positions, D width, H query heads, G key/value heads, K head width, F 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from triweave.kernels.attention import attention
 from triweave.kernels.mmca import mmca
 from triweave.kernels.qk_norm_rope import qk_norm_rope
+from triweave.pretrain.engine.sequence_parallel import SequenceGroup
 from triweave.pretrain.fusion.cross import CrossBlock, Media
 from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.model.kv_cache import KeyValueCache, LayerCache
@@ -45,6 +46,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(K))
             self.k_norm = nn.Parameter(torch.ones(K))
+        self.sequence: SequenceGroup | None = None
 
     def forward(
         self,
@@ -60,6 +62,7 @@ class Attention(nn.Module):
 
         cache: the keys of earlier calls, which the intervals then count from; x's own are added to it.
         modalities: what mmca goes by; None for attention in one softmax.
+        Where `sequence` is set, x and positions are those of this rank's slice, kv_lo and kv_hi of the whole rows.
         """
         config = self.config
         H, G, K = config.heads, config.kv_heads, config.head_width
@@ -82,10 +85,14 @@ class Attention(nn.Module):
             )
         if cache is not None:
             k, v = cache.extend(k, v)
+        if self.sequence is not None:
+            q, k, v = self.sequence.to_heads(q, k, v, kv_lo.shape[1])
         if modalities is None:
             mixed, _ = attention(q, k, v, kv_lo, kv_hi, tiles=tiles, impl=config.attention)
         else:
             mixed = mmca(q, k, v, kv_lo, kv_hi, *modalities, tiles=tiles, impl=config.attention)
+        if self.sequence is not None:
+            mixed = self.sequence.to_positions(mixed, H, G)
         projected: Tensor = self.out(mixed.flatten(2))
         return projected
 
@@ -132,6 +139,11 @@ class Decoder(nn.Module):
         if config.fusion.kind == "cross":
             self.cross_blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.cross_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def share_rows(self, group: SequenceGroup) -> None:
+        """Let every self-attention see whole rows, whose slices the ranks of a group hold."""
+        for block in self.blocks:
+            cast(Block, block).attention.sequence = group
 
     def forward(
         self,

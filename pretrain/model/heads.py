@@ -39,18 +39,18 @@ class LanguageModelHead(Head):
 
     def sums(self, hidden: Tensor, batch: DeviceBatch) -> HeadSums:
         """Return the sums over the N supervised positions of hidden [B, S, D]; N = 0 gives 0 and zero gradients."""
-        total, per_modality, lse = linear_cross_entropy(
+        total, by_slot, lse = linear_cross_entropy(
             hidden.flatten(0, 1),
             self.weight,
             batch.targets,
             batch.row_index,
             batch.row_weight,
-            batch.row_modality,
+            batch.row_slot,
             z_loss=self.z_loss,
             softcap=self.softcap,
-            modalities=MODALITY_SLOTS,
+            modalities=batch.sources * MODALITY_SLOTS,
         )
-        return HeadSums(total=total, per_modality=per_modality, lse=lse)
+        return HeadSums(total=total, by_slot=by_slot, lse=lse)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of hidden [..., D]; for inspection and decoding with whole (ungathered) weights."""
@@ -81,7 +81,7 @@ class ContrastiveHead(Head):
         nothing = embeddings.new_empty(0)
         return HeadSums(
             total=embeddings.new_zeros(()),
-            per_modality=nothing,
+            by_slot=nothing,
             lse=nothing,
             embeddings=embeddings,
             calibration=calibration,

@@ -136,6 +136,8 @@ class MultimodalTransformer(nn.Module):
             if name in batch.payloads:
                 payload = batch.payloads[name]
                 embedded = tower(payload.values, payload.lengths, payload.grids, payload.tiles)
+                if payload.here is not None:
+                    embedded = embedded.index_select(0, payload.here)
                 x = x.index_copy(0, payload.token_index, embedded.to(x.dtype))
             elif name in guards:
                 zeros = cast(Tower, tower).zero_payload(x.device)

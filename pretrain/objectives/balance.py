@@ -7,14 +7,15 @@
 loss_rate is dynamic weight averaging (Liu, Johns and Davison 2019) with means over n steps for epochs. With loss and
 gap a step draws objectives one after the other, each with probability exp(score / T) over those that are left (Sharma
 et al. 2018 sample tasks by their distance to a target). Draws are keyed by (seed, step); the history holds means over
-all ranks and goes into checkpoints, so a resumed run decides as the one before did.
+all ranks and goes into checkpoints, so a resumed run decides as the one before did. What it does a second time, behind
+the checkpoint, follows the ledger's record: on other ranks losses differ in their last bits, and a draw might too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ class TaskBalance:
         self._joint_loss, self._tasks, self._seed = joint_loss, tasks, seed
         self._history: dict[str, list[float]] = {name: [] for name in self.objectives}
         self._first: dict[str, list[float]] = {name: [] for name in self.objectives}
+        self._decided: dict[int, Decision] = {}
+        self._settings = {
+            "objectives": self.objectives,
+            "joint_loss": asdict(joint_loss),
+            "tasks": asdict(tasks),
+            "seed": seed,
+        }
 
     @property
     def follows_losses(self) -> bool:
@@ -54,6 +62,8 @@ class TaskBalance:
 
     def decide(self, step: int) -> Decision:
         """Return what step `step`, counted from 1, trains."""
+        if step in self._decided:
+            return self._decided[step]
         chosen = self._chosen(step)
         rates = self._rates()
         return Decision(step=step, weights={name: self.objectives[name] * rates[name] for name in chosen})
@@ -79,18 +89,26 @@ class TaskBalance:
                 self._first[name].append(mean)
 
     def state(self) -> dict[str, Any]:
-        """Return the history, for a checkpoint; floats come back bit for bit."""
-        return {"history": self._history, "first": self._first}
+        """Return the history and the settings, for a checkpoint; floats come back bit for bit."""
+        return {"history": self._history, "first": self._first, "settings": self._settings}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned. Raises CheckpointError where it is of other objectives."""
-        found = {key: {name: [float(mean) for mean in means] for name, means in state[key].items()} for key in state}
+    def restore(self, state: Mapping[str, Any], decided: Sequence[Decision] = ()) -> None:
+        """Go on from what `state` returned. Raises CheckpointError where it is of other objectives.
+
+        decided: what steps behind the state have done before, which they do again, on any ranks; unless the settings
+        are others now.
+        """
+        found = {
+            key: {name: [float(mean) for mean in means] for name, means in state[key].items()}
+            for key in ("history", "first")
+        }
         if set(found["history"]) != set(self.objectives):
             raise CheckpointError(
                 f"the checkpoint has trained {', '.join(sorted(found['history']))}, model.objectives asks for "
                 f"{', '.join(sorted(self.objectives))}; resume with the config of the run that wrote it"
             )
         self._history, self._first = found["history"], found["first"]
+        self._decided = {each.step: each for each in decided} if state["settings"] == self._settings else {}
 
     @property
     def _kept(self) -> int:

@@ -19,7 +19,8 @@ class LossSums(NamedTuple):
     """Sums over the supervised positions of one micro-batch on one rank; a named tuple so that ZeRO-3 can look inside.
 
     total: scalar with gradient, the heads' sums joined by `objectives.joint_loss` with the factors asked for.
-    per_modality: [MODALITY_SLOTS] detached, weighted cross-entropy by what the target follows (row_modality), nats.
+    by_slot: [sources * MODALITY_SLOTS] detached, weighted cross-entropy by the slot of the target (`loss_slots`), nats;
+        [MODALITY_SLOTS] zeros where no head has figures of it.
     lse: [N] detached, log-partition of each supervised position.
     heads: head name -> detached scalar sum before its factor; 0 for the contrastive head, whose loss is one of the
         whole step (`contrastive_window`).
@@ -30,7 +31,7 @@ class LossSums(NamedTuple):
     """
 
     total: Tensor
-    per_modality: Tensor
+    by_slot: Tensor
     lse: Tensor
     heads: dict[str, Tensor]
     hits: dict[str, Tensor]
@@ -40,13 +41,13 @@ class LossSums(NamedTuple):
 
 
 class HeadSums(NamedTuple):
-    """What one head returns: `total` scalar with gradient; per_modality and lse as in LossSums, or empty [0].
+    """What one head returns: `total` scalar with gradient; by_slot and lse as in LossSums, or empty [0].
 
     embeddings, calibration: as in LossSums. hits: detached scalar, None where a prediction is not right or wrong.
     """
 
     total: Tensor
-    per_modality: Tensor
+    by_slot: Tensor
     lse: Tensor
     embeddings: Tensor | None = None
     calibration: Tensor | None = None
@@ -56,17 +57,17 @@ class HeadSums(NamedTuple):
     def of(cls, total: Tensor, hits: Tensor | None = None) -> HeadSums:
         """Return the sums of a head that has no figures by modality."""
         nothing = total.detach().new_empty(0)
-        return cls(total=total, per_modality=nothing, lse=nothing, hits=hits)
+        return cls(total=total, by_slot=nothing, lse=nothing, hits=hits)
 
 
 def combine(sums: Mapping[str, HeadSums], total: Tensor, log_variances: Tensor | None) -> LossSums:
-    """Return the heads' sums with what they are joined to; per-modality figures come from the first head with some."""
+    """Return the heads' sums with what they are joined to; figures by slot come from the first head with some."""
     heads = list(sums.values())
-    reported = next((head for head in heads if head.per_modality.numel()), None)
+    reported = next((head for head in heads if head.by_slot.numel()), None)
     pooled = next((head for head in heads if head.embeddings is not None), heads[0])
     return LossSums(
         total=total,
-        per_modality=total.detach().new_zeros(MODALITY_SLOTS) if reported is None else reported.per_modality.detach(),
+        by_slot=total.detach().new_zeros(MODALITY_SLOTS) if reported is None else reported.by_slot.detach(),
         lse=total.detach().new_empty(0) if reported is None else reported.lse.detach(),
         heads={name: head.total.detach() for name, head in sums.items()},
         hits={name: head.hits for name, head in sums.items() if head.hits is not None},
@@ -76,10 +77,20 @@ def combine(sums: Mapping[str, HeadSums], total: Tensor, log_variances: Tensor |
     )
 
 
-def weight_by_modality(batch: PackedBatch) -> npt.NDArray[np.float64]:
-    """Return the supervised weight per modality [MODALITY_SLOTS], the denominators of LossSums.per_modality.
+def loss_slots(batch: PackedBatch, sources: int = 1) -> npt.NDArray[np.int64]:
+    """Return the slot of each supervised position, [N]: MODALITY_SLOTS * row_source + row_modality.
+
+    sources: of the run; with one, sources are not told apart and the slot is the modality.
+    """
+    slots = batch.row_modality.astype(np.int64)
+    return slots if sources == 1 else slots + MODALITY_SLOTS * batch.row_source.astype(np.int64)
+
+
+def weight_by_slot(batch: PackedBatch, sources: int = 1) -> npt.NDArray[np.float64]:
+    """Return the supervised weight per slot [sources, MODALITY_SLOTS], the denominators of LossSums.by_slot.
 
     Its sum over all ranks and micro-batches of a step is the normaliser of the step's loss.
     """
-    sums = np.bincount(batch.row_modality, weights=batch.row_weight, minlength=MODALITY_SLOTS)
-    return sums.astype(np.float64)
+    slots = sources * MODALITY_SLOTS
+    sums = np.bincount(loss_slots(batch, sources), weights=batch.row_weight, minlength=slots)
+    return sums.astype(np.float64).reshape(sources, MODALITY_SLOTS)

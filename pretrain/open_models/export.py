@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def as_transformers(
 
     Raises OpenModelError where no layout computes what the model does, or has a place for all its parameters.
     """
+    kept_encoders = {name: encoder for name, encoder in config.open_encoders.items() if name not in leave_out}
+    config = replace(config, open_encoders=kept_encoders)
     family = family_of(config)
     left_out = tuple(f"{TOWER_PREFIX}{modality}." for modality in leave_out)
     kept = {name: parameter for name, parameter in parameters.items() if not name.startswith(left_out)}
@@ -91,7 +94,9 @@ def as_transformers(
     homeless = sorted(set(kept) - {entry.ours for entry in entries})
     if homeless:
         towers = sorted({name.split(".")[1] for name in homeless if name.startswith(TOWER_PREFIX)})
-        advice = f"leave out {', '.join(towers)}" if towers else "only the plain decoder can be exported"
+        advice = "only the plain decoder can be exported"
+        if towers:
+            advice = f"leave out {', '.join(towers)} (--leave-out); a tower of a folder of its own goes back by --tower"
         raise OpenModelError(
             f"{family} has no place for {len(homeless)} parameters: {', '.join(homeless[:NAMED])}; {advice}"
         )

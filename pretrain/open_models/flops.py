@@ -1,4 +1,4 @@
-"""Exact matrix FLOPs of the vision towers of open models, from the grids of the pictures alone."""
+"""Exact matrix FLOPs of the towers of open models, from the grids of the items alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy.typing as npt
 
 from triweave.pretrain.encoders.flops import TowerFlops
 from triweave.pretrain.model.config import ModelConfig
-from triweave.pretrain.open_models.config import OpenEncoderConfig
+from triweave.pretrain.open_models.config import WHISPER_STRIDE, OpenEncoderConfig
+
+MEL_FREQUENCIES = 201
+"""Frequencies that a mel band of Whisper adds up."""
 
 
 def open_tower_flops(grids: npt.NDArray[Any], settings: OpenEncoderConfig, config: ModelConfig) -> TowerFlops:
-    """Return the FLOPs of one tower for M pictures of int [M, 3] token grids.
+    """Return the FLOPs of one tower for M items of int [M, 3] token grids.
 
     N tokens, c = merge^2 positions a token, W width, F feed-forward width, D the model's.
 
@@ -21,7 +24,10 @@ def open_tower_flops(grids: npt.NDArray[Any], settings: OpenEncoderConfig, confi
         siglip       the same without the M class tokens
         qwen2_5_vl   2 N c frames patch^2 3 W + 2 N c layers (4 W^2 + 3 W F) + 4 W sum of squared positions of what each
                      block sees (a frame or its windows) + 2 N ((c W)^2 + c W D)
+        whisper      `_whisper`
     """
+    if settings.kind == "whisper":
+        return _whisper(grids, settings, config)
     sizes = grids.astype(np.int64)
     tokens = int(sizes.prod(axis=1).sum())
     W, F, D, c = settings.width, settings.ffn_width, config.d_model, settings.merge**2
@@ -42,6 +48,30 @@ def open_tower_flops(grids: npt.NDArray[Any], settings: OpenEncoderConfig, confi
         blocks = 2 * tokens * c * settings.layers * (4 * W * W + 3 * W * F)
         projector = 2 * tokens * ((c * W) ** 2 + c * W * D)
     return TowerFlops(stem + blocks + 4 * W * pairs + projector, stem)
+
+
+def _whisper(grids: npt.NDArray[Any], settings: OpenEncoderConfig, config: ModelConfig) -> TowerFlops:
+    """Return the FLOPs of Whisper's encoder and its projector; its Fourier transform is no matrix product.
+
+    U windows of p positions and 2 p frames, P positions that the blocks compute: U p, or those of the sounds alone.
+
+        2 U 2 p (201 bins + 3 bins W) + 2 U p 3 W^2 + 2 P layers (4 W^2 + 2 W F) + 4 layers W sum of squared positions
+        of the windows + 2 N (merge W D + D^2)
+    """
+    lengths = grids.astype(np.int64).prod(axis=1)
+    tokens, size = int(lengths.sum()), settings.positions // settings.merge
+    W, F, D, bins = settings.width, settings.ffn_width, config.d_model, settings.mel_bins
+    windows = int((-(-lengths // size)).sum())
+    positions = windows * settings.positions if settings.whole_window else tokens * settings.merge
+    pairs = windows * settings.positions**2
+    if not settings.whole_window:
+        pairs = settings.merge**2 * sum(_squares(length, size) for length in lengths.tolist())
+    frames = windows * settings.positions * WHISPER_STRIDE
+    mel, first = 2 * frames * MEL_FREQUENCIES * bins, 2 * frames * 3 * bins * W
+    second = 2 * windows * settings.positions * 3 * W * W
+    blocks = settings.layers * (2 * positions * (4 * W * W + 2 * W * F) + 4 * W * pairs)
+    projector = 2 * tokens * (settings.merge * W * D + D * D)
+    return TowerFlops(mel + first + second + blocks + projector, 2 * mel + first)
 
 
 def _squares(side: int, window: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,10 +25,10 @@ from triweave.data_pipeline.text.hugging_face import MEANINGS, VOCABULARY, Huggi
 from triweave.pretrain.config import to_plain
 from triweave.pretrain.errors import OpenModelError
 from triweave.pretrain.open_models.folder import CONFIG, OpenFolder
-from triweave.pretrain.open_models.initial import BUFFERS, entries_of, ignored_tensors
+from triweave.pretrain.open_models.initial import check_tower, entries_of, ignored_tensors
 from triweave.pretrain.open_models.mapping import check_names
 from triweave.pretrain.open_models.settings import OpenModel, read_settings, read_tower
-from triweave.pretrain.open_models.tower_mapping import canonical, clip_entries, unused_by_tower
+from triweave.pretrain.open_models.tower_mapping import canonical
 
 RUN_CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
@@ -52,19 +53,24 @@ class Prepared:
 
 
 def prepare(
-    path: Path, out: Path, *, out_name: Path, modalities: Sequence[str] = (), vision: Path | None = None
+    path: Path,
+    out: Path,
+    *,
+    out_name: Path,
+    modalities: Sequence[str] = (),
+    towers: Mapping[str, Path] = MappingProxyType({}),
 ) -> Prepared:
     """Check a transformers folder tensor by tensor and write config and tokenizer into the folder `out`.
 
     out_name: what `out` will be called in the config. modalities: to read beside those that the model reads itself;
-        their towers start anew. vision: folder of a CLIP or SigLIP that the decoder gets as its tower of pictures.
-        Raises OpenModelError or TokenizerError naming the key, tensor or file in the way.
+        their towers start anew. towers: modality -> folder of a CLIP or SigLIP (image), or a Whisper (audio), whose
+        encoder the decoder gets. Raises OpenModelError or TokenizerError naming the key, tensor or file in the way.
     """
     folder = OpenFolder(path)
     opened = read_settings(folder.config, f"{folder.path / CONFIG}")
     from_decoder = opened.model_config()
-    if vision is not None:
-        opened = _with_vision(opened, vision)
+    for modality, tower in towers.items():
+        opened = _with_tower(opened, modality, tower)
     ignored = ignored_tensors(opened)
     names = partial(canonical, opened.family)
     stored = check_names(folder, entries_of(opened.family, from_decoder), canonical=names, ignored=ignored)
@@ -73,7 +79,7 @@ def prepare(
         raise OpenModelError(f"--modality {unknown[0]}: known: {', '.join(MODALITIES)}")
     meanings = _write_tokenizer(folder, opened, out / TOKENIZER, wanted)
     text = "# Written by `triweave import`; fill in data.sources, then run `triweave tokenize` on the shards.\n"
-    text += yaml.safe_dump(_run_config(opened, path, out_name, vision), sort_keys=False, allow_unicode=True)
+    text += yaml.safe_dump(_run_config(opened, path, out_name, towers), sort_keys=False, allow_unicode=True)
     (out / RUN_CONFIG).write_text(text, encoding="utf-8")
     return Prepared(
         family=opened.family,
@@ -86,26 +92,26 @@ def prepare(
     )
 
 
-def _with_vision(opened: OpenModel, vision: Path) -> OpenModel:
-    """Return the settings of a decoder with a vision tower, whose tensors are checked."""
-    if opened.encoders:
-        raise OpenModelError(f"--vision {vision}: a {opened.family} has a vision tower of its own; leave --vision out")
-    folder = OpenFolder(vision)
-    encoder = read_tower(folder.config, f"{folder.path / CONFIG}")
-    unused = (*BUFFERS, *unused_by_tower(encoder))
-    check_names(folder, clip_entries(encoder), canonical=partial(canonical, encoder.kind), ignored=unused)
-    return replace(opened, encoders={"image": encoder}, image_max_tokens=encoder.positions**2)
+def _with_tower(opened: OpenModel, modality: str, path: Path) -> OpenModel:
+    """Return the settings of a decoder with a tower from another folder, whose tensors are checked."""
+    if modality in opened.encoders:
+        raise OpenModelError(f"{path}: a {opened.family} has a tower of its own for {modality}; leave the folder out")
+    folder = OpenFolder(path)
+    encoder = read_tower(folder.config, f"{folder.path / CONFIG}", modality)
+    check_tower(folder, encoder)
+    largest = encoder.positions**2 if modality == "image" else opened.image_max_tokens
+    return replace(opened, encoders={**opened.encoders, modality: encoder}, image_max_tokens=largest)
 
 
-def _run_config(opened: OpenModel, path: Path, out: Path, vision: Path | None) -> dict[str, Any]:
-    geometry: dict[str, int] = {}
+def _run_config(opened: OpenModel, path: Path, out: Path, towers: Mapping[str, Path]) -> dict[str, Any]:
+    geometry: dict[str, Any] = {}
     for encoder in opened.encoders.values():
-        geometry["image_patch_px"] = encoder.token_px
+        geometry |= encoder.geometry
     if opened.image_max_tokens is not None:
         geometry["image_max_tokens"] = opened.image_max_tokens
     return {
         "run_dir": f"runs/{out.name}",
-        "init_from": {"model": str(path), **({} if vision is None else {"image": str(vision)})},
+        "init_from": {"model": str(path), **{modality: str(tower) for modality, tower in towers.items()}},
         "data": {
             "sources": [{"name": "corpus", "shards": "corpora/shards"}],
             "tokenizer": str(out / TOKENIZER),

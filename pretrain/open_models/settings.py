@@ -5,6 +5,7 @@ Only what decides the function of a model is read; a value that our modules do n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,13 @@ from triweave.pretrain.open_models.config import OpenEncoderConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_5_vl")
 """Values of model_type that whole models may have."""
-TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
-"""Values of model_type of vision towers."""
+TOWERS = {
+    "image": ("clip", "clip_vision_model", "siglip", "siglip_vision_model"),
+    "audio": ("whisper",),
+}
+"""Modality -> values of model_type of its towers."""
+WHISPER_MERGE = 4
+"""Positions of 20 ms that make a token where the user says nothing: 12.5 tokens a second."""
 DECODERS = ("llama", "qwen2", "qwen3", "qwen2_5_vl_text")
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 """Their name of an activation -> ours."""
@@ -140,14 +146,18 @@ def _llava(config: Mapping[str, Any], where: str) -> OpenModel:
     )
 
 
-def read_tower(config: Mapping[str, Any], where: str) -> OpenEncoderConfig:
-    """Return what the config.json of a vision tower on its own, or of a whole CLIP or SigLIP, asks for.
+def read_tower(config: Mapping[str, Any], where: str, modality: str) -> OpenEncoderConfig:
+    """Return what the config.json of a tower on its own, or of a whole CLIP, SigLIP or Whisper, asks for.
 
     As in LLaVA, CLIP's last block is left out. Raises OpenModelError for another family or what is not computed.
     """
     kind = str(config.get("model_type"))
-    if kind not in TOWERS:
-        raise OpenModelError(f"{where}: model_type is {kind!r}; as a tower are read: {', '.join(TOWERS)}")
+    if kind not in TOWERS[modality]:
+        raise OpenModelError(
+            f"{where}: model_type is {kind!r}; as a tower of {modality} are read: {', '.join(TOWERS[modality])}"
+        )
+    if kind == "whisper":
+        return _whisper(config, where)
     vision = config if kind.endswith("_vision_model") else _part(config, "vision_config", where)
     _demand(vision, where, num_channels=3)
     siglip = kind.startswith("siglip")
@@ -162,6 +172,24 @@ def read_tower(config: Mapping[str, Any], where: str) -> OpenEncoderConfig:
         norm_eps=float(vision.get("layer_norm_eps", 1e-6 if siglip else 1e-5)),
         activation=_activation(vision.get("hidden_act", "gelu_pytorch_tanh" if siglip else "quick_gelu"), where),
         positions=_whole(vision, "image_size", where) // patch,
+    )
+
+
+def _whisper(config: Mapping[str, Any], where: str) -> OpenEncoderConfig:
+    """Return what Whisper's encoder asks for; `scale_embedding` concerns its decoder only."""
+    positions, width = _whole(config, "max_source_positions", where), _whole(config, "d_model", where)
+    if width % 2:
+        raise OpenModelError(f"{where}: d_model is {width}; sinusoids need an even one")
+    return OpenEncoderConfig(
+        kind="whisper",
+        width=width,
+        layers=_whole(config, "encoder_layers", where),
+        heads=_whole(config, "encoder_attention_heads", where),
+        ffn_width=_whole(config, "encoder_ffn_dim", where),
+        activation=_activation(config.get("activation_function", "gelu"), where),
+        positions=positions,
+        merge=math.gcd(WHISPER_MERGE, positions),
+        mel_bins=_whole(config, "num_mel_bins", where),
     )
 
 

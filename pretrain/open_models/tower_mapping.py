@@ -1,4 +1,4 @@
-"""Mapping tables of the vision towers of LLaVA and Qwen2.5-VL, and the names their trees have had.
+"""Mapping tables of the towers of LLaVA, CLIP, SigLIP, Qwen2.5-VL and Whisper, and the names their trees have had.
 
 transformers has moved these trees between releases (`vision_model.` inside of CLIP, `model.` around everything); a
 name is first brought to the form of `canonical`.
@@ -19,6 +19,22 @@ LLAVA_DECODER = "language_model."
 LLAVA_VISION = "vision_tower."
 LLAVA_PROJECTOR = "multi_modal_projector."
 QWEN_VISION = "visual."
+WHISPER_ENCODER = "encoder."
+CLIP_BLOCK = (
+    ("attention.out", "self_attn.out_proj"),
+    ("attention_norm", "layer_norm1"),
+    ("feed_forward_norm", "layer_norm2"),
+    ("up", "mlp.fc1"),
+    ("down", "mlp.fc2"),
+)
+WHISPER_BLOCK = (
+    ("attention.out", "self_attn.out_proj"),
+    ("attention_norm", "self_attn_layer_norm"),
+    ("feed_forward_norm", "final_layer_norm"),
+    ("up", "fc1"),
+    ("down", "fc2"),
+)
+"""Modules of a block with weight and bias: ours, theirs."""
 
 
 def canonical(family: str, name: str) -> str:
@@ -30,6 +46,8 @@ def canonical(family: str, name: str) -> str:
         return name.replace("vision_tower.vision_model.", "vision_tower.")
     if family in ("clip", "siglip"):
         return f"{LLAVA_VISION}{name.removeprefix('vision_model.')}"
+    if family == "whisper":
+        return re.sub(r"^(model\.)?(encoder\.)?", WHISPER_ENCODER, name)
     if family == "qwen2_5_vl":
         name = re.sub(r"^model\.visual\.", "visual.", name)
         return re.sub(r"^model\.language_model\.", "model.", name)
@@ -65,12 +83,37 @@ def unused_by_llava(settings: OpenEncoderConfig) -> tuple[str, ...]:
 
 
 def unused_by_tower(settings: OpenEncoderConfig) -> tuple[str, ...]:
-    """Return patterns of what a folder of CLIP or SigLIP stores beside what its tower computes here."""
+    """Return patterns of what a folder of CLIP, SigLIP or Whisper stores beside what its tower computes here.
+
+    Whisper's positions are sinusoids, which nothing trains.
+    """
+    if settings.kind == "whisper":
+        return (r"^(model\.)?decoder\.", r"^proj_out\.", r"(^|\.)encoder\.embed_positions\.", r"^embed_positions\.")
     pairing = (r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_(scale|bias)$", r"^(vision_model\.)?head\.")
     if settings.kind == "siglip":
         return pairing
     blocks = "|".join(map(str, range(settings.layers)))
     return (*pairing, r"^(vision_model\.)?post_layernorm\.", rf"^(vision_model\.)?encoder\.layers\.(?!({blocks})\.)")
+
+
+def tower_entries(settings: OpenEncoderConfig) -> list[Entry]:
+    """Return the table of the encoder of a folder that holds a tower on its own, without the projector."""
+    return whisper_entries(settings) if settings.kind == "whisper" else clip_entries(settings)
+
+
+def whisper_entries(settings: OpenEncoderConfig, *, tower: str = "towers.audio.") -> list[Entry]:
+    """Return the table of Whisper's encoder."""
+    ours, theirs = f"{tower}encoder.", WHISPER_ENCODER
+    entries = [*_both(f"{ours}conv1", f"{theirs}conv1"), *_both(f"{ours}conv2", f"{theirs}conv2")]
+    for number in range(settings.layers):
+        block, layer = f"{ours}blocks.{number}.", f"{theirs}layers.{number}."
+        projections = tuple(f"{layer}self_attn.{which}_proj.weight" for which in "qkv")
+        entries.append(Entry(ours=f"{block}attention.qkv.weight", theirs=projections, rows=(settings.width,) * 3))
+        for own, other in (("query_bias", "q_proj"), ("value_bias", "v_proj")):
+            entries.append(Entry(ours=f"{block}attention.{own}", theirs=(f"{layer}self_attn.{other}.bias",)))
+        for own, other in WHISPER_BLOCK:
+            entries += _both(f"{block}{own}", f"{layer}{other}")
+    return entries + _both(f"{ours}final_norm", f"{theirs}layer_norm")
 
 
 def clip_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -> list[Entry]:
@@ -92,13 +135,7 @@ def clip_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -
             projections = tuple(f"{layer}self_attn.{which}_proj.{kind}" for which in "qkv")
             rows = (settings.width,) * 3
             entries.append(Entry(ours=f"{block}attention.qkv.{kind}", theirs=projections, rows=rows))
-        for own, other in (
-            ("attention.out", "self_attn.out_proj"),
-            ("attention_norm", "layer_norm1"),
-            ("feed_forward_norm", "layer_norm2"),
-            ("up", "mlp.fc1"),
-            ("down", "mlp.fc2"),
-        ):
+        for own, other in CLIP_BLOCK:
             entries += _both(f"{block}{own}", f"{layer}{other}")
     return entries
 

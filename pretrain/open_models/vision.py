@@ -1,4 +1,4 @@
-"""What the vision towers of open models share: pixels in CLIP's scale, activations, attention within items.
+"""What the towers of open models share: pixels in CLIP's scale, activations, attention within items.
 
 P positions of all items in one sequence, W width of the encoder.
 """
@@ -61,22 +61,29 @@ class OpenVisionTower(Tower):
 
 
 class ItemAttention(nn.Module):
-    """out(attention(qkv(x))) over the keys [kv_lo, kv_hi), with biases."""
+    """out(attention(qkv(x))) over the keys [kv_lo, kv_hi), with biases, in Whisper all but that of the keys."""
 
     def __init__(self, settings: OpenEncoderConfig, implementation: str) -> None:
         super().__init__()
         self.heads, self.implementation = settings.heads, implementation
-        self.qkv = nn.Linear(settings.width, 3 * settings.width)
+        whisper = settings.kind == "whisper"
+        self.qkv = nn.Linear(settings.width, 3 * settings.width, bias=not whisper)
+        self.query_bias = nn.Parameter(torch.zeros(settings.width)) if whisper else None
+        self.value_bias = nn.Parameter(torch.zeros(settings.width)) if whisper else None
         self.out = nn.Linear(settings.width, settings.width)
 
     def forward(self, x: Tensor, kv_lo: Tensor, kv_hi: Tensor, angles: Angles = None) -> Tensor:
         """Map x [1, P, W] to [1, P, W]; kv_lo, kv_hi int32 [1, P]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        projected: Tensor = self.qkv(x)
+        if self.query_bias is not None and self.value_bias is not None:
+            bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+            projected = projected + bias
+        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if angles is not None:
             q, k = turn(q, *angles), turn(k, *angles)
         mixed, _ = attention(q, k, v, kv_lo, kv_hi, impl=self.implementation)
-        projected: Tensor = self.out(mixed.flatten(2))
-        return projected
+        returned: Tensor = self.out(mixed.flatten(2))
+        return returned
 
 
 def through(

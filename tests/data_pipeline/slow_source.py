@@ -29,7 +29,10 @@ SHARD_SIZE_BYTES = 400_000
 
 @dataclass(frozen=True, kw_only=True)
 class NumberSource:
-    """Documents `number N`; some are filtered, fail, or repeat an earlier text."""
+    """Documents `number N`; some are filtered, fail, or repeat an earlier text.
+
+    nodes: folder for an empty file named after each machine (TEST_NODE in the environment) that made one.
+    """
 
     root: Path = Path("numbers")
     rows_total: int = ROWS
@@ -37,6 +40,7 @@ class NumberSource:
     kill_marker: Path | None = None
     kill_pid: int = 0
     seconds_per_row: float = 0.0
+    nodes: Path | None = None
     name: str = "numbers"
 
     @property
@@ -53,6 +57,8 @@ class NumberSource:
         """Make one document, or kill the build."""
         number = int(row.recipe)
         time.sleep(self.seconds_per_row)
+        if self.nodes is not None:
+            (self.nodes / os.environ["TEST_NODE"]).touch()
         if number == self.kill_at and self.kill_marker is not None and not self.kill_marker.exists():
             self.kill_marker.touch()
             os.kill(self.kill_pid, signal.SIGKILL)

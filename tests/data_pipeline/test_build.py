@@ -75,7 +75,10 @@ def test_one_and_four_workers_write_the_same_bytes(expected: Path, tmp_path: Pat
     assert files(tmp_path / "shards") == files(expected)
 
 
-@pytest.mark.parametrize(("workers", "kill_at"), [(1, 700), (2, 100), (2, 1300)])
+@pytest.mark.parametrize(
+    ("workers", "kill_at"),
+    [pytest.param(1, 700, marks=pytest.mark.slow), pytest.param(2, 100, marks=pytest.mark.slow), (2, 1300)],
+)
 def test_a_killed_build_continues_to_the_same_bytes(expected: Path, tmp_path: Path, workers: int, kill_at: int) -> None:
     out = tmp_path / "shards"
     assert start(out, workers, kill_at).wait(120) == -signal.SIGKILL

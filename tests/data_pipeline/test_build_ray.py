@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -86,6 +90,69 @@ def test_a_cluster_is_one_option(tiny_corpus: Path, tiny_shards: Manifest, tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert builds.files(tmp_path / "shards") == builds.files(tiny_shards.root)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Start a head and a second node with `ray start`, as on two machines, with folders of their own; end both.
+
+    What joins has to show their token. Their folder has a short path, as sockets want it.
+    """
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder, ExitStack() as stack:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+        places = {"head": ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false"]}
+        places["second"] = ["--address", address]
+        for name, place in places.items():
+            options = ["--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--temp-dir", f"{folder}/{name}", "--block"]
+            node = subprocess.Popen(
+                [str(Path(sys.executable).with_name("ray")), "start", *place, *options, "--disable-usage-stats"],
+                env=os.environ | {"PYTHONPATH": str(builds.SCRIPT.parent), "TEST_NODE": name},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            stack.callback(_end, node)
+            _wait_for_node(folder, name, node)
+        yield address
+
+
+def _wait_for_node(folder: str, name: str, node: subprocess.Popen[bytes]) -> None:
+    """Wait until a node takes tasks: its raylet has made its socket."""
+    deadline = time.monotonic() + 90
+    while not list(Path(folder, name).glob("session_2*/sockets/raylet*")):
+        assert node.poll() is None, f"{name} ended with {node.returncode}"
+        assert time.monotonic() < deadline, f"{name} does not come up"
+        time.sleep(0.1)
+
+
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """End a node and all of its processes; `ray stop` would end every Ray of this machine."""
+    node.terminate()
+    try:
+        node.wait(30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_two_nodes_make_the_bytes_of_a_local_build(
+    numbers: ModuleType, expected: Path, tmp_path: Path, two_nodes: str
+) -> None:
+    """Each has one CPU, so two tasks at a time need both; both have made documents."""
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+    out = tmp_path / "shards"
+    source = numbers.NumberSource(seconds_per_row=0.005, nodes=nodes)
+    options = BuildOptions(engine="ray", ray_address=two_nodes, workers=2, shard_size_bytes=numbers.SHARD_SIZE_BYTES)
+    build(source, out, options)
+    assert builds.files(out) == builds.files(expected)
+    assert sorted(path.name for path in nodes.iterdir()) == ["head", "second"]
 
 
 def test_ray_that_cannot_be_had_is_one_line(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

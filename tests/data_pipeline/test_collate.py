@@ -146,7 +146,7 @@ def test_types_are_those_of_the_contract() -> None:
     expected = dict.fromkeys((*int32, "contrastive_group"), np.int32)
     expected |= dict.fromkeys(("media_index", "row_index", "targets", "plan_rows"), np.int64)
     expected |= dict.fromkeys(("modality_ids", "key_modality", "row_modality"), np.int8)
-    for name, dtype in {**expected, "row_weight": np.float32}.items():
+    for name, dtype in {**expected, "row_weight": np.float32, "row_source": np.int16}.items():
         assert getattr(batch, name).dtype == dtype, name
     assert batch.tokens.shape == (4, S)
     assert batch.positions.shape == (4, S, 3)

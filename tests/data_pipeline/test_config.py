@@ -90,7 +90,7 @@ def test_each_entry_of_a_schedule_changes_what_it_names(tmp_path: Path) -> None:
         ('data.schedule=[{"after_step": 5, "sequence_length": 4}]', "data.schedule[0]: data.sequence_length=4"),
         ("data.batch_caps.images=4", "data.batch_caps.images=4: a single pack may hold 5"),
         ("data.batch_caps.audio_ms=9", "set data.packing.audio_ms to 9 or less"),
-        ("data.packing.contrastive_share=0.5", "data.packing.contrastive_share do not go together"),
+        ("data.packing.contrastive_share=0.5", "and one of 64 packs may hold 320; raise it, or lower data.packing."),
         ("data.packing.encoder_weights.image=-1", "encoder_weights.image=-1"),
         ("data.packing.encoder_cost=0", "packing.encoder_cost=0"),
         ("data.weight_unit=words", "weight_unit"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,9 @@ from triweave.data_pipeline.media.geometry import (
     MediaInfo,
     audio_frames,
     audio_grid,
+    audio_grids,
     image_grid,
+    image_grids,
     resampled_length,
 )
 
@@ -93,3 +96,20 @@ def test_hash_depends_on_every_field():
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         MediaGeometry(**wrong)
+
+
+@pytest.mark.parametrize("features", ["log_mel", "samples"])
+@pytest.mark.parametrize(("patch", "most", "rate_hz"), [(32, 256, 16_000), (7, 13, 8_000), (8, 1, 22_050)])
+def test_grids_of_many_items_are_those_of_each(features, patch, most, rate_hz):
+    geometry = MediaGeometry(
+        image_patch_px=patch, image_max_tokens=most, audio_rate_hz=rate_hz, audio_features=features
+    )
+    draws = np.random.default_rng(most)
+    infos = np.stack([draws.integers(1, high, 2000) for high in (4_000, 4_000, 10**7, 384_000)], axis=1)
+    infos[:500, :3] = draws.integers(1, 700, (500, 3))  # below a patch and below a window
+    infos[500:600, 0] = 65_500  # cut back to one row
+    infos[600:700, 1] = 65_500
+    items = [MediaInfo(*info) for info in infos.tolist()]
+    assert image_grids(infos, geometry).tolist() == [list(image_grid(item, geometry)) for item in items]
+    assert audio_grids(infos, geometry).tolist() == [list(audio_grid(item, geometry)) for item in items]
+    assert image_grids(infos[:0], geometry).shape == audio_grids(infos[:0], geometry).shape == (0, 3)

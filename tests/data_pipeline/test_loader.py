@@ -94,6 +94,7 @@ def row_contents(batch: PackedBatch) -> Iterator[tuple[int, dict[str, Any]]]:
             batch.targets[mine].tolist(),
             batch.row_weight[mine].tolist(),
             batch.row_modality[mine].tolist(),
+            batch.row_source[mine].tolist(),
         )
         for name, payload in batch.payloads.items():
             items = payload.item_rows == b
@@ -194,7 +195,7 @@ def spans_by_sample(stream: Iterable[StepWindow]) -> dict[str, list[tuple[int, i
     return {owner: sorted(values) for owner, values in spans.items()}
 
 
-@pytest.mark.parametrize("names", [("birds",), ("birds", "talk")])
+@pytest.mark.parametrize("names", [pytest.param(("birds",), marks=pytest.mark.slow), ("birds", "talk")])
 def test_each_token_span_comes_once_through_resumes_on_other_ranks_and_workers(
     stream_data: Any, names: tuple[str, ...]
 ) -> None:
@@ -315,7 +316,7 @@ def test_bytes_that_verify_but_do_not_decode_become_fillers(stream_data: Any, mo
         return real.decode(data, info, geometry)
 
     real = MODALITIES["image"]
-    monkeypatch.setitem(MODALITIES, "image", replace(real, decode=decode))
+    monkeypatch.setitem(MODALITIES, "image", replace(real, decode=decode, decode_into=None))
     stream = windows(config_of(stream_data, corrupt_budget=5), 4)
     events = [event for window in stream for event in window.fillers]
     assert [event.reason for event in events] == ["RuntimeError: codec is unhappy"]
@@ -435,3 +436,25 @@ def test_a_step_over_a_cap_of_the_batch_has_fewer_rows(stream_data: Any) -> None
         (window.first_row, window.end_row) for window in whole[5:]
     ]
     assert all_rows(itertools.chain(*ranks)) == all_rows(whole[5:])
+
+
+def test_a_step_over_a_cap_keeps_contrastive_groups_whole(stream_data: Any) -> None:
+    """Rows, order and groups are those without caps, over the ends of blocks, on other ranks and behind a resume."""
+    packing = PackingConfig(images=3, contrastive_share=0.5, contrastive_group_rows=4)
+    config = config_of(stream_data, ("birds", "talk"), packing=packing, batch_caps=BatchCaps(images=14))
+    planner = Planner(config)
+    whole = windows(config, 14, G=16)
+    sizes = [window.end_row - window.first_row for window in whole]
+    assert {size % 4 for size in sizes} == {0}
+    assert len(set(sizes)) > 2
+    images = np.concatenate([planner.block(block).row_budgets for block in range(12)])[:, 2]
+    for window in whole:
+        assert images[window.first_row : window.end_row].sum() <= 14
+        if window.end_row - window.first_row < 16:
+            assert images[window.first_row : window.end_row + 4].sum() > 14, "a group too few"
+    free = all_rows(windows(replace(config, batch_caps=BatchCaps()), 14, G=16))
+    content = all_rows(whole)
+    assert content == {row: value for row, value in free.items() if row in content}
+    assert sorted(content) == list(range(whole[-1].end_row))
+    ranks = [windows(config, 8, G=16, rank=rank, world=3, B=2, state=whole[5].state) for rank in range(3)]
+    assert all_rows(itertools.chain(*ranks)) == all_rows(whole[6:])

@@ -61,8 +61,10 @@ def test_missing_folder_manifest_and_index(folder: Path) -> None:
     with pytest.raises(ShardDamagedError, match="damaged"):
         read_index(manifest, 0)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"manifest\.json is missing"):
+    with pytest.raises(DataError, match=r"manifest\.json is missing: the build did not finish"):
         Manifest.load(folder)
+    with pytest.raises(DataError, match=r"manifest\.json is missing: this is no shard folder"):
+        Manifest.load(folder.parent)
 
 
 def test_an_index_of_another_shard_is_noticed(folder: Path) -> None:

@@ -15,6 +15,7 @@ from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES, Modality, grids, modality_of_extension
 from triweave.data_pipeline.text.tokenizer import RESERVED_MEDIA
 
+SAMPLES = MediaGeometry(audio_features="samples", audio_frames_per_token=3)
 SMALL = MediaGeometry(image_patch_px=4, image_max_tokens=12, audio_mel_bins=8)
 
 
@@ -53,9 +54,18 @@ def test_a_clip_decodes_to_exactly_its_tokens(samples, rate):
     audio = MODALITIES["audio"]
     data = wav(samples, rate)
     info, _, _ = audio.probe(data)
-    tokens = audio.decode(data, info, SMALL)
-    assert tokens.shape == (np.prod(audio.grid(info, SMALL)), audio.features(SMALL))
-    assert tokens.dtype == audio.dtype
+    for geometry in (SMALL, SAMPLES):
+        tokens = audio.decode(data, info, geometry)
+        assert tokens.shape == (np.prod(audio.grid(info, geometry)), audio.features(geometry))
+        assert tokens.dtype == audio.dtype
+
+
+def test_tokens_of_samples_are_the_clip_and_zeros():
+    audio, data = MODALITIES["audio"], wav(1_000, 16_000)
+    tokens = audio.decode(data, audio.probe(data)[0], SAMPLES)
+    assert tokens.shape == (3, 480)  # a token is 3 hops of 160 samples
+    assert np.allclose(tokens.reshape(-1)[:1_000], np.sin(np.arange(1_000)) * 0.3, atol=1e-4)
+    assert not tokens.reshape(-1)[1_000:].any()
 
 
 def test_patches_are_in_raster_order_and_hold_y_x_channel():
@@ -65,6 +75,24 @@ def test_patches_are_in_raster_order_and_hold_y_x_channel():
     for row in range(2):
         for column in range(3):
             assert np.array_equal(patches[row, column], pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4])
+
+
+@pytest.mark.parametrize("geometry", [SMALL, SAMPLES])
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_decoding_in_place_gives_the_same_bytes_and_touches_no_others(geometry, name):
+    modality = MODALITIES[name]
+    data = (
+        png(np.random.default_rng(1).integers(0, 255, (37, 61, 3), np.uint8)) if name == "image" else wav(3_333, 8_000)
+    )
+    info = modality.probe(data)[0]
+    expected = modality.decode(data, info, geometry)
+    around = np.full((len(expected) + 2, expected.shape[1]), 77, modality.dtype)
+    assert modality.decode_into is not None
+    modality.decode_into(data, info, geometry, around[1:-1])
+    assert around[1:-1].tobytes() == expected.tobytes()
+    assert (around[[0, -1]] == 77).all()
+    with pytest.raises(ValueError, match="reshape"):
+        modality.decode_into(data, info, geometry, around)
 
 
 def test_bytes_of_another_item_are_refused():

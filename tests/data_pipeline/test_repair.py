@@ -111,6 +111,13 @@ def test_whole_samples_are_copied_and_only_damaged_ones_made_again(
     assert result.repaired == (TAR,)
 
 
+def test_a_whole_tar_gives_its_lost_index_without_the_source(manifest: Manifest, corpus: Path) -> None:
+    damage_file(manifest.root, INDEX, gone)
+    result = repaired(manifest, corpus)
+    assert (result.samples_copied, result.samples_encoded) == (manifest.shards[SHARD].samples, 0)
+    assert result.repaired == (INDEX,)
+
+
 def test_whole_shards_are_left_alone(manifest: Manifest, corpus: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in manifest.root.iterdir()}
     assert repaired(manifest, corpus).repaired == ()

@@ -121,7 +121,9 @@ def test_each_segment_packs_as_it_says(straight: list[MicroBatchTask]) -> None:
     assert seen[1]["talk"] > seen[1]["birds"], "four to three"
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (3, 2), (5, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"), [(1, 2), (2, 1), (3, 2), (5, 1), pytest.param(8, 2, marks=pytest.mark.slow)]
+)
 def test_ranks_and_workers_change_nothing(
     stream_data: Any, straight: list[MicroBatchTask], ranks: int, workers: int
 ) -> None:

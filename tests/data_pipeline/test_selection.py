@@ -231,7 +231,7 @@ def test_bytes_of_a_partner_that_do_not_decode_name_the_partner(
             raise RuntimeError("codec is unhappy")
         return real.decode(data, info, geometry)
 
-    monkeypatch.setitem(MODALITIES, "audio", replace(real, decode=decode))
+    monkeypatch.setitem(MODALITIES, "audio", replace(real, decode=decode, decode_into=None))
     events = [event for window in epoch_of(config) for event in window.fillers]
     assert events
     assert {event.key for event in events} == {catalog.key_list[int(catalog.part_owners[place])]}

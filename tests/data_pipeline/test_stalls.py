@@ -51,7 +51,7 @@ def slow_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     elif stage == "tokenise":
         slow_down(monkeypatch, SentencePieceTokenizer, "encode", CALL_S)
     elif stage == "decode":
-        slow_down(monkeypatch, loader_module.PieceMaker, "_decoded", CALL_S)
+        slow_down(monkeypatch, loader_module.PieceMaker, "_decode_medium", CALL_S)
     elif stage == "packing":
         slow_down(monkeypatch, loader_module, "collate", BATCH_S)
     else:
@@ -163,6 +163,31 @@ def test_news_come_once_and_again_when_the_cause_changes() -> None:
     assert ["decode bound" in line for line in lines] == [True, False]
     assert told.index(lines[0]) == START_STEPS + STEPS_KEPT - 1
     assert "storage bound: 50% of the time" in lines[1]
+
+
+def test_the_worst_of_all_ranks_is_named() -> None:
+    """Three ranks, of which the first has nothing to say; they compare in the same step."""
+    ranks = [StallMeter(workers=2, remote=False) for _ in range(3)]
+    waits = (0.0, 0.5, 1.0)
+    for step in range(START_STEPS + STEPS_KEPT):
+        for meter, wait_s in zip(ranks, waits, strict=True):
+            meter.add(StepLoad(wait_s=wait_s, queue_depth=0, stages_ms=[{"decode": 900.0}]), 1.0)
+        if step < START_STEPS + STEPS_KEPT - 1:
+            assert ranks[0].news(lambda _: pytest.fail("asked too early")) is None
+    texts: list[str] = []
+
+    def hear(text: str) -> list[str]:
+        texts.append(text)
+        return [text]
+
+    for meter in ranks[1:]:
+        meter.news(hear)
+    line = ranks[0].news(lambda text: [text, *texts])
+    assert line is not None
+    assert line.startswith("data: you are decode bound on rank 2 of 3, which waits most: 50% of the time")
+    assert ranks[0].worst is not None
+    assert (ranks[0].worst.rank, ranks[0].worst.bound) == (2, "decode")
+    assert "rank" not in str(ranks[1].stall())
 
 
 def test_a_remote_store_has_settings_of_its_own() -> None:

@@ -142,7 +142,7 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_rank(stream_data: Any, ending: signal.Signals) -> None:
     command = [sys.executable, "-c", ENDLESS, str(stream_data.birds), str(stream_data.tokenizer)]
     with subprocess.Popen(

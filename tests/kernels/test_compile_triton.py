@@ -278,12 +278,15 @@ def test_ctrl_c_keeps_the_rows_and_two_jobs_make_the_rest(tmp_path: Path) -> Non
     assert budgets.changes(budgets.load(table).values(), committed) == []
 
 
+TWO_JOBS = ["--json", "--jobs", "2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", MATRIX_INSTRUCTIONS)
 def test_a_handful_of_rows_is_what_compiling_gives(arch: str) -> None:
     """The whole table is `triweave kernels compile --check`."""
     ops = ",".join({variant.op for _, variant in chips_and_variants().values()})
-    result = python(*COMMAND, "--arch", arch, "--op", ops, "--dtype", "bf16", "--head-dim", "128", "--json", "--check")
+    result = python(*COMMAND, "--arch", arch, "--op", ops, "--dtype", "bf16", "--head-dim", "128", "--check", *TWO_JOBS)
     assert result.returncode == 0, result.stderr[-2000:]
     assert {row["op"] for row in json.loads(result.stdout)} >= {"attention", "qk_norm_rope", "rms_norm"}
 
@@ -333,7 +336,7 @@ def test_every_shipped_kernel_compiles_for_amd() -> None:
     for one in variants():
         widths.setdefault((one.op, one.kernel), set()).add(one.head_dim)
     chosen = {128 if 128 in of_kernel else min(of_kernel, key=str) for of_kernel in widths.values()}
-    command = [*COMMAND, "--arch", "gfx942", "--dtype", "bf16", "--head-dim", ",".join(map(str, chosen)), "--json"]
+    command = [*COMMAND, "--arch", "gfx942", "--dtype", "bf16", "--head-dim", ",".join(map(str, chosen)), *TWO_JOBS]
     result = python(*command)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads(result.stdout)

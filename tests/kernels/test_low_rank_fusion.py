@@ -142,8 +142,7 @@ def test_autocast_changes_nothing():
         assert all(map(torch.equal, run(low_rank_fusion, xs, factors, grad), want))
 
 
-@pytest.mark.parametrize("epilogue", ["none", "mfb"])
-@pytest.mark.parametrize("depths", [(2, 3), (2, 4, 3)])
+@pytest.mark.parametrize(("depths", "epilogue"), [((2, 3), "none"), ((2, 4, 3), "mfb")])
 def test_opcheck_compiled_and_checkpointed(depths, epilogue):
     xs, factors, grad = draw(5, depths, 2, 4)
     leaves = [x.requires_grad_() for x in (*xs, *factors)]

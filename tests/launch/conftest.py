@@ -20,10 +20,11 @@ import shutil
 import subprocess
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -87,6 +88,17 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def train_alone(rank_pool: ModuleType) -> Callable[[Path], None]:
+    """Return a function that trains the run of a config on one rank of the session's pool."""
+    tasks = Path(__file__).parents[1] / "pretrain" / "checkpoint_tasks.py"
+
+    def train(config: Path) -> None:
+        assert rank_pool.pool(1).run(tasks, "run_spine", config=str(config), overrides=[], resume=False) == [""]
+
+    return train
 
 
 @dataclass(frozen=True, kw_only=True)

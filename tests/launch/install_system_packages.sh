@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the Debian packages that `make install`, the two-hosts test, the tests of pages in a browser and those of a real
-# object store (Ceph's radosgw) need, if any is missing. Needs root and apt-get; says what it does.
+# object store (Ceph's radosgw) and of state on NVMe need, if any is missing. Needs root and apt-get; says what it does.
 # Exit 0 when everything is there, 1 when something is still missing.
 set -euo pipefail
 
@@ -15,6 +15,8 @@ for pair in "${wanted[@]}"; do
 done
 # a browser without a font draws no text
 [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || missing+=(fonts-dejavu-core)
+# DeepSpeed compiles its asynchronous I/O against it
+[ -e /usr/include/libaio.h ] || missing+=(libaio-dev)
 if ((${#missing[@]} == 0)); then
   echo "system packages: all there"
   exit 0

@@ -9,7 +9,7 @@ import pytest
 from triweave.launch import deepspeed_launcher
 from triweave.launch.deepspeed_launcher import hostfile_command, local_command, remote_argument, train_script
 from triweave.launch.errors import LauncherMissingError, LaunchError
-from triweave.launch.hostfile import Host
+from triweave.launch.hostfile import Host, Place, take_ranks
 from triweave.launch.machine import Machine
 
 CPU = Machine(cores=8)
@@ -37,6 +37,18 @@ def test_gpu_ranks_get_the_visible_devices() -> None:
     command = local_command(["run.yaml"], machine=GPU, ranks=2, port=1)
     assert "--include localhost:2,3" in str(command)
     assert "DS_ACCELERATOR" not in command.environment
+
+
+def test_places_that_are_given_up_are_not_started(tmp_path: Path, pdsh: None) -> None:  # noqa: ARG001 - a fixture
+    here = Host(name="localhost", slots=3, without=(1,))
+    command = local_command(["run.yaml"], machine=GPU, ranks=2, port=1, host=here)
+    assert "--include localhost:2,5" in str(command)
+    assert command.places == (Place(machine="localhost", slot=0), Place(machine="localhost", slot=2))
+    hosts = take_ranks((Host(name="a", slots=2, without=(0,)), Host(name="b", slots=2)), 2)
+    assert hosts == (Host(name="a", slots=2, without=(0,)), Host(name="b", slots=1))
+    command = build_remote(hosts, tmp_path)
+    assert "--include a:1@b:0" in str(command)
+    assert (command.ranks, command.places) == (2, (Place(machine="a", slot=1), Place(machine="b", slot=0)))
 
 
 def test_the_printed_line_is_what_a_shell_needs() -> None:

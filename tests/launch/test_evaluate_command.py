@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,8 +43,8 @@ def write_rows(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps with a contrastive head, trained by `triweave train`."""
+def run(train_alone: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a contrastive head."""
     from triweave.data_pipeline.shards.build import BuildOptions, build
     from triweave.data_pipeline.sources.manifest import ManifestSource
     from triweave.data_pipeline.text.token_counts import write_token_counts
@@ -80,10 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = folder / "squares.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "triweave.launch.cli", "train", str(config)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    train_alone(config)
     return folder / "run"
 
 

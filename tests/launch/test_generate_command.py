@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ from triweave.launch.cli import main
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, started by `triweave train` in a process of its own."""
+def run_dir(tiny_data: Path, train_alone: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run."""
     folder = tmp_path_factory.mktemp("generate")
     tree = {
         "run_dir": str(folder / "run"),
@@ -33,8 +31,7 @@ def run_dir(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedule": {"warmup_steps": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    command = [sys.executable, "-m", "triweave.launch.cli", "train", str(folder / "run.yaml")]
-    subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    train_alone(folder / "run.yaml")
     return folder / "run"
 
 

@@ -119,8 +119,7 @@ def test_missing_data_is_one_line(
     assert_one_line(capsys, says)
 
 
-def test_two_ranks_train_and_a_second_launch_is_refused_in_one_line(tiny_run: Path) -> None:
-    """One real start, and one whose error only the ranks can find."""
+def test_two_ranks_train(tiny_run: Path) -> None:
     result = launch(tiny_run, "--num-ranks", "2", "--oversubscribe")
     assert result.returncode == 0, result.stderr
     metrics = read_metrics(tiny_run.parent / "run")
@@ -128,10 +127,6 @@ def test_two_ranks_train_and_a_second_launch_is_refused_in_one_line(tiny_run: Pa
     log = (tiny_run.parent / "run" / "launch.log").read_text(encoding="utf-8")
     assert "step 4/4" in log
     assert log.count("kernels: attention: auto chose sdpa: ") == 1
-    again = launch(tiny_run, "--num-ranks", "1")
-    assert again.returncode == 2
-    (line,) = again.stderr.splitlines()
-    assert "--resume" in line
 
 
 def ranks_of(run_dir: Path) -> list[int]:
@@ -188,8 +183,8 @@ def test_a_killed_rank_ends_the_others_and_gives_its_code(tiny_run: Path) -> Non
 
 
 @pytest.mark.slow
-def test_plain_deepspeed_gives_the_same_losses(tiny_run: Path) -> None:
-    """Also with key=value behind --resume."""
+def test_plain_deepspeed_gives_the_same_losses_and_a_second_launch_is_refused_in_one_line(tiny_run: Path) -> None:
+    """Also with key=value behind --resume; that the run_dir is taken only the ranks can find."""
     run_dir = tiny_run.parent / "run"
     assert launch(tiny_run, "--num-ranks", "2", "--oversubscribe").returncode == 0
     losses = {step: entry["loss"] for step, entry in read_metrics(run_dir).items()}
@@ -198,6 +193,10 @@ def test_plain_deepspeed_gives_the_same_losses(tiny_run: Path) -> None:
     command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", "29871", script]
     subprocess.run([*command, tiny_run, "--resume", f"run_dir={other}"], env=ENVIRONMENT, check=True, timeout=300)
     assert {step: entry["loss"] for step, entry in read_metrics(other).items()} == losses
+    again = launch(tiny_run, "--num-ranks", "1")
+    assert again.returncode == 2
+    (line,) = again.stderr.splitlines()
+    assert "--resume" in line
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def supervised(
         return LaunchCommand(arguments=("bash", "-c", text), ranks=1)
 
     return supervise(
-        command(script), lambda: command(again), run_dir=run_dir, log=io.BytesIO(), stall_s=stall_s, restarts=restarts
+        command(script), lambda _: command(again), run_dir=run_dir, log=io.BytesIO(), stall_s=stall_s, restarts=restarts
     )
 
 

@@ -19,7 +19,7 @@ BAD = 2
 
 
 def skip_a_step(
-    world: Any, *, stage: int, fault: str, precision: str = "fp32", accumulation: int = 1
+    world: Any, *, stage: int, fault: str, precision: str = "fp32", accumulation: int = 1, offload: bool = False
 ) -> dict[str, Any]:
     """Train five steps; return the verdict on the third one and a snapshot of what came of it all.
 
@@ -31,7 +31,13 @@ def skip_a_step(
     os.environ[NAN_AT_STEP] = f"{BAD + 1}:1" if fault == "loss" else ""
     engine = Engine(
         tasks.build_model(),
-        tasks.config(stage, precision=precision, clip_norm=1.0, health=limits),
+        tasks.config(
+            stage,
+            precision=precision,
+            clip_norm=1.0,
+            health=limits,
+            deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if offload else None,
+        ),
         world,
         accumulation=accumulation,
     )

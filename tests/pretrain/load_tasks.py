@@ -33,12 +33,12 @@ def train_and_keep(world: Any, *, config: str, overrides: Sequence[str], text: s
     """Train; return this rank's fragments at the end, and (up to stage 2, in fp32) the model's logits of a text."""
     settings = load_config(config, list(overrides))
     engines = []
-    real = spine._build_engine
-    spine._build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[0]
+    real = spine.build_engine
+    spine.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[0]
     try:
         spine.train(settings)
     finally:
-        spine._build_engine = real
+        spine.build_engine = real
     kept: dict[str, Any] = {"snapshot": _engine_tasks().snapshot(engines[0]), "logits": None}
     if settings.train.zero_stage < 3 and settings.train.precision == "fp32":
         batch = prompt_batch(

@@ -6,14 +6,17 @@ import dataclasses
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from siblings import load_sibling
 
 from triweave.pretrain.batch import DeviceBatch
 from triweave.pretrain.engine.participation import announce
+from triweave.pretrain.engine.work import Work
 from triweave.pretrain.engine.world import AGREED, open_world
 from triweave.pretrain.engine.zero import Engine
 from triweave.pretrain.model.model import MultimodalTransformer
@@ -53,7 +56,18 @@ class Disobedient(MultimodalTransformer):
         return super().forward(batch, guards, *others)
 
 
-def disobey(world: Any, *, stage: int, fault: str, tower: str, case: str, guilty: int = 1) -> tuple[int, str, float]:
+def disobey(
+    world: Any,
+    *,
+    stage: int,
+    fault: str,
+    tower: str,
+    case: str,
+    guilty: int = 1,
+    run_dir: str = "unused",
+    compile: bool = False,
+    sequence_parallel: int = 1,
+) -> tuple[int, str, float]:
     """Train on a case of engine_tasks until a rank's third forward, which breaks the contract.
 
     Every parameter is gathered where it is used at stage 3. Return (steps that were taken, the error on this rank,
@@ -64,11 +78,13 @@ def disobey(world: Any, *, stage: int, fault: str, tower: str, case: str, guilty
     model.__class__ = Disobedient
     model.fault, model.target = fault if world.rank == guilty else "", tower
     gathered = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
-    engine = Engine(model, tasks.config(stage, deepspeed=gathered), world, accumulation=1)
+    train = {"compile": compile, "sequence_parallel": sequence_parallel}
+    config = replace(tasks.config(stage, deepspeed=gathered, **train), run_dir=run_dir)
+    engine = Engine(model, config, world, accumulation=1)
     for step in range(5):
         started = time.perf_counter()
         try:
-            engine.train_window([tasks.micro_batch(case, step, world.rank, 0)])
+            engine.train_window([tasks.micro_batch(case, step, world.rank // sequence_parallel, 0)])
         except Exception as error:
             shared = " (all ranks)" if AGREED in getattr(error, "__notes__", ()) else ""
             return engine.step, f"{type(error).__name__}: {error}{shared}", time.perf_counter() - started
@@ -79,7 +95,7 @@ def disobey_and_leave(*, rank: int, ranks: int, port: int, folder: str, **argume
     """Be one rank of a world of its own: write what `disobey` returns to a file and end, as the program would."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    answer = disobey(open_world("cpu", torch_threads=1), **arguments)
+    answer = disobey(open_world("cpu", torch_threads=1), run_dir=folder, **arguments)
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(answer))
     os._exit(2)
 
@@ -90,7 +106,9 @@ def announced(world: Any) -> dict[str, Any]:
     batches = [_batch(rows, seed=7 * world.rank + index) for index, rows in enumerate(contents)]
     if world.rank == 1:
         batches[1] = _with_segments(batches[1])
-    window = announce(world, ("image", "audio"), batches, step=1, data_wait_s=1.5 * world.rank)
+    counted = [np.bincount(batch.modality_ids[batch.modality_ids >= 0], minlength=8) for batch in batches]
+    work = Work(flops=1.0 + world.rank, tokens=np.sum(counted, axis=0).astype(float))
+    window = announce(world, ("image", "audio"), batches, step=1, data_wait_s=1.5 * world.rank, work=work)
     return {
         "guards": [sorted(window.guards(world.rank, index)) for index in range(2)],
         "held": [sorted(window.held(world.rank, index)) for index in range(2)],
@@ -98,6 +116,7 @@ def announced(world: Any) -> dict[str, Any]:
         "segments": window.segments.tolist(),
         "weights": window.weights.tolist(),
         "tokens": window.tokens,
+        "rank_imbalance": window.rank_imbalance,
         "data_wait_s": window.data_wait_s,
         "mine": (
             sum(float(batch.row_weight.sum()) for batch in batches),

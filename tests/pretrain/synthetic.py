@@ -178,6 +178,7 @@ def pack(
         targets=np.array([entry[1] for entry in supervised], np.int64),
         row_weight=np.array([entry[2] for entry in supervised], np.float32),
         row_modality=np.array([entry[3] for entry in supervised], np.int8),
+        row_source=np.zeros(len(supervised), np.int16),
         contrastive_group=np.array(
             [(first_plan_row + number) // group_rows if row.tokens else -1 for number, row in enumerate(packs)],
             np.int32,
@@ -203,6 +204,18 @@ def pack(
 def alone(document: Document) -> PackedBatch:
     """Return the document in a pack of its own, without padding."""
     return pack([[document]], document.length)
+
+
+def changed(document: Document, part: int) -> Document:
+    """Return the document with every token or feature of one part replaced."""
+    parts = list(document.parts)
+    old = parts[part]
+    if isinstance(old, Media):
+        parts[part] = Media(modality=old.modality, grid=old.grid, values=old.values[::-1] // 2 + 3)
+    else:
+        span = VOCAB_SIZE - FIRST_TEXT_TOKEN
+        parts[part] = [FIRST_TEXT_TOKEN + (token - FIRST_TEXT_TOKEN + 5) % span for token in old]
+    return Document(parts=parts)
 
 
 def with_weight(documents: Sequence[Document], weight: float) -> list[Document]:

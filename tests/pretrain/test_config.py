@@ -72,7 +72,7 @@ def test_overrides_reach_strings_lists_tuples_and_the_pass_through(path):
         ("model.layers=abc", "run.yaml: model.layers: must be int, got abc"),
         ("model.layers=2.5", "model.layers: must be int, got 2.5"),
         ("train.zero_stage=4", r"train.zero_stage: must be one of \[0, 1, 2, 3\], got 4"),
-        ("train.precision=fp16", "train.precision: must be one of .*got fp16"),
+        ("train.precision=fp8", "train.precision: must be one of .*got fp8"),
         ("model.layers=null", "model.layers is null; give it a value"),
         ("deepspeed=null", "deepspeed is null; give it a value"),
         ("deepspeed.zero_optimization=null", "deepspeed.zero_optimization is None; it must be a mapping"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from triweave.pretrain.errors import PretrainError
-from triweave.pretrain.ledger.consumed import ConsumedLedger, begin_attempt, next_attempt, read_consumed
+from triweave.pretrain.ledger.consumed import (
+    ConsumedLedger,
+    begin_attempt,
+    decisions_behind,
+    next_attempt,
+    read_consumed,
+)
+from triweave.pretrain.objectives.balance import Decision
 
 
 @pytest.fixture
@@ -54,6 +61,23 @@ def test_a_line_cut_by_a_kill_is_no_row(tmp_path, attempt):
     path = tmp_path / "consumed" / "attempt-0001" / "rank-00000.jsonl"
     path.write_text(path.read_text()[:-5])
     assert [row.step for row in read_consumed(tmp_path)] == [1]
+
+
+def test_decisions_behind_a_checkpoint_are_those_of_its_attempt_and_of_those_since(tmp_path):
+    """Attempt 1 wrote the checkpoint of step 2; 2 went on from there, 3 from elsewhere."""
+
+    def decide(number: int, parent: int | None, resumed_step: int, *steps: int) -> None:
+        begin_attempt(tmp_path, number, parent=parent, resumed_step=resumed_step)
+        with ConsumedLedger(tmp_path, number, 0) as ledger:
+            for step in steps:
+                ledger.write_decision(Decision(step=step, weights={"a": float(number)}))
+
+    decide(1, None, 0, 1, 2, 3, 4)
+    decide(2, 1, 2, 3, 5)
+    decide(3, None, 0, 1, 2, 3, 4, 5, 6)
+    found = sorted(decisions_behind(tmp_path, 1, 2), key=lambda decision: decision.step)
+    assert [(decision.step, decision.weights["a"]) for decision in found] == [(3, 2.0), (4, 1.0), (5, 2.0)]
+    assert decisions_behind(tmp_path, 9, 2) == []
 
 
 def test_a_run_without_ledger_is_named(tmp_path):

@@ -6,6 +6,7 @@ the tensor's maximum. All cells train on the same 12 rows a step.
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ QUICK = {
     ("all", "sigmoid", 2, 1, 2),
 }
 """(case, loss, stage, ranks, accumulation) that run always; the rest of the matrix is slow."""
+CASES = ("all", "image_against_audio", "few")
 MATRIX = [
     (case, loss, stage, ranks, accumulation)
-    for ranks in (1, 2, 3)
-    for case, loss in (("all", "sigmoid"), ("all", "infonce"), ("image_against_audio", "sigmoid"),
-                       ("image_against_audio", "infonce"), ("few", "sigmoid"), ("few", "infonce"))
-    for stage in (0, 1, 2, 3)
-    for accumulation in (1, 2)
-]  # fmt: skip
+    for number, (ranks, case, stage) in enumerate(itertools.product((1, 2, 3), CASES, (0, 1, 2, 3)))
+    for at, (loss, accumulation) in enumerate(itertools.product(("sigmoid", "infonce"), (1, 2)))
+    if (case, loss, stage, ranks, accumulation) in QUICK or (at in (0, 3)) == (sum(divmod(number, 4)) % 2 == 0)
+]
+"""Half of all cells, in which any three settings still meet in all their values; and those of QUICK."""
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +131,7 @@ def learn(world, *, loss: str) -> list[Any]:
     return [engine.train_window(window).contrastive for _ in range(54)]
 
 
-@pytest.mark.parametrize(("loss", "accuracy"), [("sigmoid", 0.6), ("infonce", 0.85)])
+@pytest.mark.parametrize(("loss", "accuracy"), [("sigmoid", 0.6), pytest.param("infonce", 0.85, marks=SLOW)])
 def test_partners_find_each_other_after_some_steps(rank_pool, loss, accuracy):
     """Learnt by heart: most queries of 26 pairs find their own partner, 15 % of them before; seen 75 and 94 %."""
     figures = rank_pool.pool(1).run(THIS, "learn", loss=loss)[0]

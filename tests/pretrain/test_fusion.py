@@ -72,18 +72,6 @@ def gradients(model, batch, guards=frozenset()):
     return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def changed(document, part, synthetic):
-    """Return the document with one part replaced."""
-    parts = list(document.parts)
-    if isinstance(parts[part], list):
-        low, span = synthetic.FIRST_TEXT_TOKEN, synthetic.VOCAB_SIZE - synthetic.FIRST_TEXT_TOKEN
-        parts[part] = [low + (token - low + 5) % span for token in parts[part]]
-    else:
-        media = parts[part]
-        parts[part] = synthetic.Media(modality=media.modality, grid=media.grid, values=media.values[::-1] // 2 + 3)
-    return synthetic.Document(parts=parts)
-
-
 def difference(model, before, after):
     """Return the largest difference of the logits at each position that the model reads, of the first row."""
     with torch.no_grad():
@@ -183,7 +171,10 @@ def test_with_closed_gates_the_model_is_the_text_only_one(build, synthetic, docu
     supervised = np.isin(text.row_index, looked.row_index)
     text = dataclasses.replace(
         text,
-        **{name: getattr(text, name)[supervised] for name in ("row_index", "targets", "row_weight", "row_modality")},
+        **{
+            name: getattr(text, name)[supervised]
+            for name in ("row_index", "targets", "row_weight", "row_modality", "row_source")
+        },
     )
     plain_sums, plain_grads = gradients(plain, text)
     assert torch.equal(sums.total, plain_sums.total)
@@ -238,7 +229,7 @@ def test_mmca_media_see_their_own_item_only_and_text_sees_both(build, synthetic,
 def test_changing_one_document_changes_the_others_by_exactly_0(build, synthetic, documents, fusion, part):
     model = build(fusion)
     before = synthetic.pack([documents], 128)
-    after = synthetic.pack([[changed(documents[0], part, synthetic), *documents[1:]]], 128)
+    after = synthetic.pack([[synthetic.changed(documents[0], part), *documents[1:]]], 128)
     apart = difference(model, before, after)
     first = torch.from_numpy(documents_read(model, before).document_ids[0] == 0)
     assert apart[first].max() > 1e-5
@@ -248,7 +239,7 @@ def test_changing_one_document_changes_the_others_by_exactly_0(build, synthetic,
 @every_kind
 def test_future_media_do_not_reach_earlier_logits(build, synthetic, documents, fusion):
     model = build(fusion)
-    before, after = synthetic.pack([documents[:1]], 64), synthetic.pack([[changed(documents[0], 3, synthetic)]], 64)
+    before, after = synthetic.pack([documents[:1]], 64), synthetic.pack([[synthetic.changed(documents[0], 3)]], 64)
     seen = documents_read(model, before)
     first = int(np.flatnonzero(seen.span_ids[0] == 1)[0])
     apart = difference(model, before, after)
@@ -263,7 +254,7 @@ def test_the_immediate_scope_looks_at_the_latest_medium_the_preceding_one_at_all
     for fusion, sees_first in ((CROSS, False), (dataclasses.replace(PRECEDING, cross_every=1), True)):
         model = build(fusion, layers=1)
         before, after = (
-            synthetic.pack([[document]], 64) for document in (documents[0], changed(documents[0], 1, synthetic))
+            synthetic.pack([[document]], 64) for document in (documents[0], synthetic.changed(documents[0], 1))
         )
         apart = difference(model, before, after)
         last = int((documents_read(model, before).document_ids[0] == 0).sum()) - 1
@@ -348,7 +339,7 @@ def test_segments_are_pooled_over_what_the_model_reads_of_them(build, synthetic,
     """A partner changed changes the other embeddings by exactly 0, packed or alone they are the same."""
     model = build(fusion, objectives={"language_model": 1.0, "contrastive": 1.0})
     item = synthetic.Document(parts=[[20, 21, 22], documents[0].parts[1], documents[0].parts[3]], alone=True)
-    other = synthetic.Document(parts=changed(item, 1, synthetic).parts, alone=True)
+    other = synthetic.Document(parts=synthetic.changed(item, 1).parts, alone=True)
     with torch.no_grad():
         before, after, single = (
             model.embed(read(model, synthetic.pack([rows], 96)))

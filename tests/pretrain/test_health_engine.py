@@ -29,11 +29,15 @@ def bits(answers: list[dict[str, Any]]) -> list[dict[Any, Any]]:
         pytest.param(2, "bf16", 1, marks=SLOW),
         pytest.param(3, "fp32", 2, marks=SLOW),
         pytest.param(3, "bf16", 1, marks=SLOW),
+        pytest.param(1, "fp32 offload", 2, marks=SLOW),
+        pytest.param(2, "bf16 offload", 1, marks=SLOW),
+        pytest.param(3, "bf16 offload", 2, marks=SLOW),
     ],
 )
 def test_a_bad_step_changes_nothing(rank_pool, stage, precision, accumulation):
     pool = rank_pool.pool(2)
-    layout = {"stage": stage, "precision": precision, "accumulation": accumulation}
+    precision, _, offload = precision.partition(" ")
+    layout = {"stage": stage, "precision": precision, "accumulation": accumulation, "offload": bool(offload)}
     wanted = pool.run(TASKS, "skip_a_step", fault="left out", **layout)
     for fault, says in (
         ("loss", "the loss of step 3 is not finite"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from spine_runs import write_run_config
 
 from triweave.data_pipeline.errors import TokenizerError
 from triweave.data_pipeline.stream.prompt import prompt_batch
@@ -29,29 +29,15 @@ TEXT = "A small bird sits on a branch"
 @pytest.fixture(scope="module")
 def run_config(rank_pool, tmp_path_factory) -> Path:
     """A run YAML of 4 steps with checkpoints at 2 and 4; run_dir is to be overridden."""
-    folder = tmp_path_factory.mktemp("load")
-    corpus = rank_pool.load(CORPUS)
-    records = corpus.write_records(folder / "birds.jsonl", 18)
-    manifest = corpus.build(corpus.ManifestSource(root=records), folder / "birds", corpus.BuildOptions())
-    corpus.train_tokenizer([manifest], 400, folder / "tokenizer.model")
-    corpus.write_token_counts(manifest, folder / "tokenizer.model")
-    config = {
-        "run_dir": str(folder / "unused"),
-        "data": {
-            "sources": [{"name": "birds", "shards": str(folder / "birds")}],
-            "tokenizer": str(folder / "tokenizer.model"),
-            "sequence_length": 96,
-            "geometry": {"image_patch_px": 8, "image_max_tokens": 12},
-            "workers": 0,
-        },
-        "model": {"d_model": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "tie_embeddings": True},
-        "schedule": {"warmup_steps": 1},
-        "train": {"steps": 4, "global_batch_rows": 4, "micro_batch_rows": 2, "zero_stage": 2, "device": "cpu"},
-        "checkpoint": {"every_steps": 2},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return write_run_config(
+        rank_pool.load(CORPUS),
+        tmp_path_factory.mktemp("load"),
+        documents=18,
+        model={"tie_embeddings": True},
+        schedule={"warmup_steps": 1},
+        train={"steps": 4, "micro_batch_rows": 2},
+        checkpoint={"every_steps": 2},
+    )
 
 
 @pytest.fixture(scope="module")

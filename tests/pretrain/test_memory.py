@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from triweave.launch.cli import main
-from triweave.pretrain.engine.memory import state_bytes_per_parameter, tensor_bytes
+from triweave.pretrain.bench.step import SMALL_BUCKETS
+from triweave.pretrain.engine.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,30 @@ from triweave.pretrain.engine.memory import state_bytes_per_parameter, tensor_by
 )
 def test_the_formula(stage, ranks, precision, accumulation, wanted):
     assert state_bytes_per_parameter(stage, ranks, precision, accumulation=accumulation) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("groups", "ranks", "wanted"),
+    [
+        ([[10]], 1, [0]),
+        ([[6, 4]], 2, [0, 0]),  # two partitions of 6, the second one padded
+        ([[4, 4, 4]], 2, [2, 2]),
+        ([[3, 20, 3], [8, 8]], 3, [13 + 2, 10 + 10, 17 + 4]),
+    ],
+)
+def test_gradients_that_a_partition_ends_in(groups, ranks, wanted):
+    assert [straddling_bytes(groups, ranks, rank) // 4 for rank in range(ranks)] == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+def test_ranks_hold_what_the_formula_says(rank_pool, stage: int, accumulation: int) -> None:
+    """To a thousandth of the bytes; at ZeRO 3 the bucket is on top."""
+    tasks = Path(__file__).with_name("memory_tasks.py")
+    for rank, found in enumerate(rank_pool.pool(2).run(tasks, "held_bytes", stage=stage, accumulation=accumulation)):
+        beside = straddling_bytes(found["groups"], 2, rank) if stage < 3 else 4 * SMALL_BUCKETS["reduce_bucket_size"]
+        state = state_bytes_per_parameter(stage, 2) * found["parameters"]
+        assert found["bytes"] == pytest.approx(state + beside, rel=1e-3)
 
 
 def test_tensors_are_counted_once_with_their_gradients():

@@ -10,7 +10,7 @@ from triweave.pretrain.encoders.registry import ENCODERS
 from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.model.model import MultimodalTransformer
-from triweave.pretrain.objectives.losses import weight_by_modality
+from triweave.pretrain.objectives.losses import weight_by_slot
 
 SMALL = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16}
 
@@ -40,23 +40,11 @@ def gradients(model, batch, guards=frozenset()):
     return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def changed(document, part, synthetic):
-    """Return the document with every token or feature of one part replaced."""
-    parts = list(document.parts)
-    if isinstance(parts[part], list):
-        low, span = synthetic.FIRST_TEXT_TOKEN, synthetic.VOCAB_SIZE - synthetic.FIRST_TEXT_TOKEN
-        parts[part] = [low + (token - low + 5) % span for token in parts[part]]
-    else:
-        media = parts[part]
-        parts[part] = synthetic.Media(modality=media.modality, grid=media.grid, values=media.values[::-1] // 2 + 3)
-    return synthetic.Document(parts=parts)
-
-
 @pytest.mark.parametrize("part", [0, 1, 3], ids=["text", "image", "audio"])
 def test_changing_one_document_leaves_the_others_logits_bit_identical(build, synthetic, documents, part):
     model = build()
     before = synthetic.pack([documents], 96)
-    after = synthetic.pack([[changed(documents[0], part, synthetic), *documents[1:]]], 96)
+    after = synthetic.pack([[synthetic.changed(documents[0], part), *documents[1:]]], 96)
     with torch.no_grad():
         difference = (model.logits(to_device(before, "cpu")) - model.logits(to_device(after, "cpu"))).abs().amax(-1)[0]
     in_first = torch.from_numpy(before.document_ids[0] == 0)
@@ -67,7 +55,7 @@ def test_changing_one_document_leaves_the_others_logits_bit_identical(build, syn
 def test_future_media_does_not_reach_earlier_logits(build, synthetic, documents):
     model = build()
     before = synthetic.pack([documents[:1]], 40)
-    after = synthetic.pack([[changed(documents[0], 3, synthetic)]], 40)
+    after = synthetic.pack([[synthetic.changed(documents[0], 3)]], 40)
     first = int(np.flatnonzero(before.modality_ids[0] == synthetic.MODALITY_IDS["audio"])[0])
     with torch.no_grad():
         difference = (model.logits(to_device(before, "cpu")) - model.logits(to_device(after, "cpu"))).abs().amax(-1)[0]
@@ -100,19 +88,19 @@ def test_packed_documents_have_the_losses_they_have_alone(build, synthetic, docu
     alone = [gradients(model, synthetic.alone(document)) for document in documents]
     total = sum(sums.total for sums, _ in alone)
     torch.testing.assert_close(packed.total, total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(packed.per_modality, sum(sums.per_modality for sums, _ in alone), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(packed.by_slot, sum(sums.by_slot for sums, _ in alone), rtol=1e-6, atol=1e-6)
     for name, gradient in packed_grads.items():
         added = sum(grads[name] for _, grads in alone if grads[name] is not None)
         torch.testing.assert_close(gradient, added, rtol=0, atol=1e-6 * float(added.abs().max()), msg=name)
 
 
-def test_per_modality_sums_add_up_to_the_total_without_z_loss(build, make_batch):
+def test_by_slot_sums_add_up_to_the_total_without_z_loss(build, make_batch):
     batch = make_batch()
     sums = build(z_loss=0.0)(to_device(batch, "cpu"))
-    torch.testing.assert_close(sums.per_modality.sum(), sums.total.detach(), rtol=1e-6, atol=0)
-    weights = weight_by_modality(batch)
+    torch.testing.assert_close(sums.by_slot.sum(), sums.total.detach(), rtol=1e-6, atol=0)
+    (weights,) = weight_by_slot(batch)
     assert weights.sum() == batch.supervised_tokens
-    mean = sums.per_modality.numpy()[weights > 0] / weights[weights > 0]
+    mean = sums.by_slot.numpy()[weights > 0] / weights[weights > 0]
     np.testing.assert_allclose(mean, np.log(64), rtol=0.1)  # an untrained model is near uniform
 
 
@@ -159,7 +147,7 @@ def test_zero_loss_rows_contribute_exactly_nothing(build, synthetic):
     filler = synthetic.with_weight(other, 0.0)
     sums, grads = gradients(model, synthetic.pack([filler, []], 64))
     assert sums.total == 0
-    assert torch.count_nonzero(sums.per_modality) == 0
+    assert torch.count_nonzero(sums.by_slot) == 0
     assert all(torch.count_nonzero(gradient) == 0 for gradient in grads.values() if gradient is not None)
     alone, alone_grads = gradients(model, synthetic.pack([row], 64))
     for neighbour in ([], filler):
@@ -267,7 +255,7 @@ def test_a_new_modality_is_one_registry_entry(build, make_batch, monkeypatch):
     batch = make_batch([("sensor", "image"), ("audio",)], features=features)
     sums, grads = gradients(build(features=features), batch)
     assert torch.count_nonzero(grads["towers.sensor.project.weight"]) > 0
-    assert sums.per_modality[3] > 0
+    assert sums.by_slot[3] > 0
 
 
 def test_unknown_modalities_are_refused_by_name(build, make_batch):
@@ -321,7 +309,7 @@ def test_an_embedding_is_the_normalised_projection_of_the_mean_hidden_state(buil
 def test_changing_a_contrastive_partner_changes_the_other_embeddings_by_exactly_0(build, synthetic, items, part):
     """Caption, picture and sound of one item stand side by side in a row and never see each other."""
     model = build(**CONTRASTIVE)
-    other = synthetic.Document(parts=changed(items[1], part, synthetic).parts, alone=True)
+    other = synthetic.Document(parts=synthetic.changed(items[1], part).parts, alone=True)
     before = synthetic.pack([items], 96)
     after = synthetic.pack([[items[0], other, items[2]]], 96)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from triweave.pretrain.batch import MASKED_INDEX, OBJECTIVE_ROWS, to_device
 from triweave.pretrain.errors import CheckpointError, PretrainError
 from triweave.pretrain.model.flops import count_flops
 from triweave.pretrain.model.heads import HEADS
-from triweave.pretrain.objectives.balance import TaskBalance
+from triweave.pretrain.objectives.balance import Decision, TaskBalance
 from triweave.pretrain.objectives.config import (
     OBJECTIVES,
     ClassificationConfig,
@@ -289,6 +289,23 @@ def test_a_restored_balance_decides_the_same():
     other = TaskBalance({"a": 1.0}, JointLossConfig(), TasksConfig(), seed=0)
     with pytest.raises(CheckpointError, match=r"the checkpoint has trained a, b, c, model\.objectives asks for a;"):
         other.restore(first.state())
+
+
+def test_what_was_decided_before_is_done_again():
+    """Behind the restored state, as long as the settings are the same; later steps are decided anew."""
+    names = ("a", "b", "c")
+    first = balance(schedule="loss")
+    for _ in range(2):
+        first.observe(dict.fromkeys(names, 1.0))
+    state = json.loads(json.dumps(first.state()))
+    own = [first.decide(step) for step in (3, 4, 5)]
+    others = [Decision(step=each.step, weights={n: 7.0 for n in names if n not in each.weights}) for each in own[:2]]
+    again = balance(schedule="loss")
+    again.restore(state, others)
+    assert [again.decide(step) for step in (3, 4, 5)] == [*others, own[2]]
+    changed = balance(schedule="loss", temperature=0.4)
+    changed.restore(state, others)
+    assert changed.decide(3) != others[0]
 
 
 def test_the_level_does_not_jump_where_objectives_change():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from spine_runs import files_of, metrics, write_run_config
 
 from triweave.data_pipeline.stream.loader import StepLoader
 from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
@@ -24,47 +24,22 @@ CLASSES = ["even", "odd"]
 @pytest.fixture(scope="session")
 def run_config(rank_pool, tmp_path_factory) -> Path:
     """A run YAML over tiny shards whose documents have a label `parity`; run_dir is to be overridden."""
-    folder = tmp_path_factory.mktemp("objectives")
-    corpus = rank_pool.load(CORPUS)
-    records = corpus.write_records(folder / "birds.jsonl", 36)
-    labelled = [
-        json.dumps(json.loads(line) | {"labels": {"parity": CLASSES[number % 2], "number": number}})
-        for number, line in enumerate(records.read_text(encoding="utf-8").splitlines())
-    ]
-    records.write_text("\n".join(labelled), encoding="utf-8")
-    manifest = corpus.build(
-        corpus.ManifestSource(root=records), folder / "birds", corpus.BuildOptions(shard_size_bytes=100_000)
-    )
-    corpus.train_tokenizer([manifest], 400, folder / "tokenizer.model")
-    corpus.write_token_counts(manifest, folder / "tokenizer.model")
-    config = {
-        "run_dir": str(folder / "unused"),
-        "data": {
-            "sources": [{"name": "birds", "shards": str(folder / "birds")}],
-            "tokenizer": str(folder / "tokenizer.model"),
-            "sequence_length": 96,
-            "geometry": {"image_patch_px": 8, "image_max_tokens": 12},
-            "packing": {"contrastive_share": 1.0, "contrastive_group_rows": 4},
-            "labels": ["parity"],
-            "workers": 0,
-        },
-        "model": {
-            "d_model": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16,
+    return write_run_config(
+        rank_pool.load(CORPUS),
+        tmp_path_factory.mktemp("objectives"),
+        labels=lambda number: {"parity": CLASSES[number % 2], "number": number},
+        data={"packing": {"contrastive_share": 1.0, "contrastive_group_rows": 4}, "labels": ["parity"]},
+        model={
             "objectives": {"language_model": 1.0, "contrastive": 0.5, "classification": 0.5},
             "contrastive": {"width": 16},
             "classification": {"label": "parity", "classes": CLASSES},
             "joint_loss": {"weighting": "uncertainty"},
         },
-        "tasks": {"schedule": "loss", "window_steps": 2, "per_step": 1},
-        "optimizer": {"lr": 1e-3, "eps": 1e-5},
-        "schedule": {"warmup_steps": 2, "total_steps": STEPS},
-        "train": {"steps": STEPS, "global_batch_rows": 8, "micro_batch_rows": 2, "zero_stage": 2, "device": "cpu",
-                  "torch_threads": 1},
-        "checkpoint": {"every_steps": HALF, "keep": 5},
-    }  # fmt: skip
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+        tasks={"schedule": "loss", "window_steps": 2, "per_step": 1},
+        schedule={"total_steps": STEPS},
+        train={"steps": STEPS, "global_batch_rows": 8, "micro_batch_rows": 2},
+        checkpoint={"every_steps": HALF},
+    )
 
 
 def train(rank_pool: Any, run_config: Path, run_dir: Path, *settings: str, resume: bool = False) -> None:
@@ -72,15 +47,6 @@ def train(rank_pool: Any, run_config: Path, run_dir: Path, *settings: str, resum
         TASKS, "run_spine", config=str(run_config), overrides=[f"run_dir={run_dir}", *settings], resume=resume
     )
     assert answers == ["", ""]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def files_of(run_dir: Path) -> dict[str, list[str]]:
-    manifest = json.loads((list_checkpoints(run_dir)[-1] / "manifest.json").read_text())
-    return {name: entry["blocks"] for name, entry in manifest["files"].items() if name.startswith("rank-")}
 
 
 @pytest.mark.slow
@@ -103,6 +69,23 @@ def test_seven_and_seven_are_fourteen(rank_pool, run_config, tmp_path, settings)
     assert first[:HALF] + again == whole
     assert len({tuple(decision.weights) for decision in whole}) >= 3
     assert {len(decision.weights) for decision in whole} == {1, 3}
+
+
+@pytest.mark.slow
+def test_steps_done_again_follow_the_record_on_other_ranks(rank_pool, run_config, tmp_path):
+    """One rank goes on after two and does in step 8 what stands in the record, which has been changed."""
+    train(rank_pool, run_config, tmp_path, f"train.steps={HALF + 1}", "checkpoint.keep=9")
+    newest = list_checkpoints(tmp_path)[-1]
+    newest.rename(newest.with_name(".lost"))
+    path = tmp_path / "consumed" / "attempt-0001" / "decisions.jsonl"
+    lines = path.read_text().splitlines()
+    drawn = json.loads(lines[HALF])["weights"]
+    other = {"classification": 0.5} if "classification" not in drawn else {"contrastive": 0.5}
+    path.write_text("\n".join([*lines[:HALF], json.dumps({"step": HALF + 1, "weights": other})]) + "\n")
+    words = [f"run_dir={tmp_path}", f"train.steps={HALF + 1}"]
+    assert rank_pool.pool(1).run(TASKS, "run_spine", config=str(run_config), overrides=words, resume=True) == [""]
+    (again,) = read_decisions(tmp_path, 2)
+    assert again.weights == other
 
 
 def test_labels_come_with_the_batches_of_a_loader(run_config):

@@ -39,6 +39,10 @@ QWEN = OpenEncoderConfig(
     kind="qwen2_5_vl", width=16, layers=2, heads=2, ffn_width=24, patch_px=4, activation="silu", norm_eps=1e-6,
     merge=2, frames=2, window=2, full_attention=[1],
 )  # fmt: skip
+WHISPER = OpenEncoderConfig(
+    kind="whisper", width=16, layers=2, heads=2, ffn_width=24, activation="gelu", positions=6, merge=2, mel_bins=5
+)
+"""Windows of three tokens."""
 PLAIN = {
     "d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_multiple": 2.0,
     "attention": "reference", "input_norm": False, "qk_norm": False,
@@ -61,7 +65,22 @@ TOWERS = {
     "clip": CASES["llava"],
     "siglip": ModelConfig(**PLAIN, open_encoders={"image": SIGLIP}),
     "qwen2_5_vl": CASES["qwen2_5_vl"],
+    "whisper": ModelConfig(**PLAIN, open_encoders={"audio": WHISPER}),
+    "whisper sounds alone": ModelConfig(
+        **PLAIN, open_encoders={"audio": dataclasses.replace(WHISPER, whole_window=False)}
+    ),
 }
+
+
+def payload_of(model: MultimodalTransformer) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (modality, values, lengths, grids) of three items that the model's tower reads."""
+    ((modality, settings),) = model.config.open_encoders.items()
+    shapes = [[7, 1, 1], [3, 1, 1], [1, 1, 1]] if modality == "audio" else [[1, 3, 3], [1, 2, 5], [1, 1, 1]]
+    grids = torch.tensor(shapes, dtype=torch.int32)
+    lengths = grids.prod(1).int()
+    shape = (int(lengths.sum()), settings.features)
+    values = torch.randn(shape) if modality == "audio" else torch.randint(0, 256, shape, dtype=torch.uint8)
+    return modality, values, lengths, grids
 
 
 def build(config: ModelConfig, seed: int = 1) -> MultimodalTransformer:
@@ -150,6 +169,9 @@ def test_siglip_has_no_layout_to_be_exported_to():
     model = build(TOWERS["siglip"])
     with pytest.raises(OpenModelError, match=r"no layout .* model.open_encoders.image.kind"):
         as_transformers(model.config, dict(model.named_parameters()), vocab_size=VOCABULARY, placeholders={})
+    parts = {"vocab_size": VOCABULARY, "placeholders": {}, "leave_out": ["image"]}
+    _, settings = as_transformers(model.config, dict(model.named_parameters()), **parts)
+    assert settings["model_type"] == "llama"  # the decoder goes alone
 
 
 @pytest.mark.parametrize(
@@ -177,21 +199,19 @@ def test_a_tower_without_a_place_is_named_and_can_be_left_out():
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_packed_pictures_are_as_alone_and_a_guard_gets_zero_gradients(kind, synthetic):
+def test_packed_items_are_as_alone_and_a_guard_gets_zero_gradients(kind, synthetic):
     model = build(TOWERS[kind])
-    tower, settings = model.towers["image"], model.config.open_encoders["image"]
-    grids = torch.tensor([[1, 3, 3], [1, 2, 5], [1, 1, 1]], dtype=torch.int32)
-    lengths = grids.prod(1).int()
-    values = torch.randint(0, 256, (int(lengths.sum()), settings.features), dtype=torch.uint8)
+    modality, values, lengths, grids = payload_of(model)
+    tower = model.towers[modality]
     packed = tower(values, lengths, grids).split(lengths.tolist())
-    for together, pixels, grid in zip(packed, values.split(lengths.tolist()), grids, strict=True):
-        alone = tower(pixels, grid.prod().view(1).int(), grid.view(1, 3))
+    for together, numbers, grid in zip(packed, values.split(lengths.tolist()), grids, strict=True):
+        alone = tower(numbers, grid.prod().view(1).int(), grid.view(1, 3))
         assert (together - alone).abs().max() <= 1e-6 * max(1.0, float(alone.detach().abs().max()))
     assert tower(*tower.zero_payload(torch.device("cpu"))).isfinite().all()
     model.zero_grad()
     text = synthetic.pack([[synthetic.Document(parts=[[20, 21]])]], 8)
     tables = kernel_tables(model.config, torch.device("cpu"), torch.float32)
-    model(to_device(dataclasses.replace(text, extra=tables(text)), "cpu"), frozenset({"image"})).total.backward()
+    model(to_device(dataclasses.replace(text, extra=tables(text)), "cpu"), frozenset({modality})).total.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in tower.parameters())
 
 
@@ -240,10 +260,7 @@ def test_windows_of_attention_are_what_they_say():
 def test_flops_are_what_torch_counts(kind, monkeypatch):
     """Attention is put in as products of whole spans, which the counter sees."""
     model = build(TOWERS[kind])
-    settings = model.config.open_encoders["image"]
-    grids = np.array([[1, 3, 3], [1, 2, 5]], np.int32)
-    lengths = grids.prod(1).astype(np.int32)
-    values = torch.zeros(int(lengths.sum()), settings.features, dtype=torch.uint8)
+    modality, values, lengths, grids = payload_of(model)
 
     def spans(q, k, v, kv_lo, kv_hi, **_):
         mixed = torch.zeros_like(q)
@@ -254,15 +271,28 @@ def test_flops_are_what_torch_counts(kind, monkeypatch):
 
     monkeypatch.setattr("triweave.pretrain.open_models.vision.attention", spans)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.towers["image"](values, torch.from_numpy(lengths), torch.from_numpy(grids))
-    assert counter.get_total_flops() == open_tower_flops(grids, settings, model.config).forward
+        model.towers[modality](values, lengths, grids)
+    expected = open_tower_flops(grids.numpy(), model.config.open_encoders[modality], model.config)
+    assert counter.get_total_flops() == expected.forward
 
 
 def test_wrong_squares_are_refused_before_any_rank_starts():
-    with pytest.raises(PretrainError, match=r"image_patch_px is 32, but a token of .* is 8 pixels"):
+    with pytest.raises(PretrainError, match=r"image_patch_px is 32, but .* of image_patch_px=8"):
         check_open_encoders({"image": QWEN}, MediaGeometry())
-    with pytest.raises(PretrainError, match=r"names 'audio'; known: image"):
+    with pytest.raises(PretrainError, match=r"names 'smell'; known: image, audio"):
+        check_open_encoders({"smell": QWEN}, MediaGeometry())
+    with pytest.raises(PretrainError, match=r"audio: kind is 'qwen2_5_vl'; known: whisper"):
         check_open_encoders({"audio": QWEN}, MediaGeometry())
+    with pytest.raises(PretrainError, match=r"audio_features is log_mel, but .* of audio_features=samples"):
+        check_open_encoders({"audio": WHISPER}, MediaGeometry())
+    samples = MediaGeometry(**{**WHISPER.geometry, "audio_frames_per_token": 8})
+    with pytest.raises(PretrainError, match=r"audio_frames_per_token is 8, but .* audio_frames_per_token=4"):
+        check_open_encoders({"audio": WHISPER}, samples)
+    check_open_encoders({"audio": WHISPER}, MediaGeometry(**WHISPER.geometry))
+    with pytest.raises(PretrainError, match=r"audio_features is samples, which only model.open_encoders.audio reads"):
+        check_open_encoders({}, samples)
+    with pytest.raises(PretrainError, match=r"merge is 4, which does not divide the 6 positions"):
+        dataclasses.replace(WHISPER, merge=4)
     with pytest.raises(PretrainError, match=r"kind clip needs it"):
         dataclasses.replace(CLIP, positions=0)
 
@@ -307,4 +337,10 @@ def test_import_writes_a_config_that_loads_and_a_tokenizer(tmp_path, capsys):
     assert told["vocab_size"] == 320
     assert main(["import", str(folder), "--out", str(tmp_path / "x"), "--modality", "smell"]) == 2
     assert "smell" in capsys.readouterr().err
+    assert main(["import", str(folder), "--out", str(tmp_path / "x"), "--audio", str(folder)]) == 2
+    assert "model_type is 'qwen2_5_vl'; as a tower of audio are read: whisper" in capsys.readouterr().err
+    assert main(["import", str(folder), "--out", str(tmp_path / "x"), "--vision", str(folder)]) == 2
+    assert "a qwen2_5_vl has a tower of its own for image" in capsys.readouterr().err
+    assert main(["checkpoint", "export", str(out), "--out", str(tmp_path / "x"), "--tower", "image"]) == 2
+    assert "--tower goes with --layout transformers" in capsys.readouterr().err
     assert yaml.safe_load((out / "config.yaml").read_text())["data"]["tokenizer"] == str(out / "tokenizer")

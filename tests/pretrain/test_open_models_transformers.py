@@ -1,6 +1,6 @@
 """Open models against transformers itself, on small folders with random weights: logits equal to 1e-5 both ways.
 
-transformers is a requirement of these tests only; nothing of ours imports it.
+The towers that come from folders of their own are in test_open_towers.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from open_folders import CLIP_PX, PLACEHOLDER, QWEN_PX, START, TOLERANCE, make, their_logits, write_tokenizer
+from open_models_on_shards import compare, packs
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,8 +26,6 @@ from triweave.data_pipeline.text.token_counts import write_token_counts
 from triweave.launch.cli import main
 from triweave.pretrain.batch import kernel_tables, to_device
 from triweave.pretrain.checkpoints.load import load_run
-from triweave.pretrain.config import load_config
-from triweave.pretrain.encoders.tower import Items
 from triweave.pretrain.generation.continuation import Continuation
 from triweave.pretrain.model.model import MultimodalTransformer
 from triweave.pretrain.open_models.export import as_transformers
@@ -35,99 +34,8 @@ from triweave.pretrain.open_models.initial import start_from
 from triweave.pretrain.open_models.settings import read_settings
 
 pytestmark = pytest.mark.slow
-TOLERANCE = 1e-5
 TASKS = Path(__file__).with_name("checkpoint_tasks.py")
 CORPUS = Path(__file__).parents[1] / "data_pipeline" / "conftest.py"
-START, PLACEHOLDER, VIDEO, END = 3, 4, 91, 93
-TEXT: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-CLIP_PX, QWEN_PX = 7, 8
-"""Pixels a side of a token of the two."""
-
-
-def make(family: str, vocab_size: int = 96, image: tuple[int, int] = (START, PLACEHOLDER)) -> Any:
-    """Return a model of transformers in which every number is random, biases and norms too."""
-    transformers = pytest.importorskip("transformers")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    text = {**TEXT, "vocab_size": vocab_size}
-    if family == "llava":
-        vision = {
-            "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "image_size": 4 * CLIP_PX, "patch_size": CLIP_PX, "projection_dim": 16,
-        }  # fmt: skip
-        config = transformers.LlavaConfig(
-            vision_config=vision, text_config={"model_type": "llama", **text}, image_token_index=image[1]
-        )
-        model = transformers.LlavaForConditionalGeneration(config)
-    elif family == "qwen2_5_vl":
-        vision = {
-            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": QWEN_PX // 2, "window_size": 2 * QWEN_PX, "fullatt_block_indexes": [1],
-            "spatial_merge_size": 2, "temporal_patch_size": 2,
-        }  # fmt: skip
-        rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
-        config = transformers.Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_id=image[1],
-            video_token_id=VIDEO, vision_start_token_id=image[0], vision_end_token_id=END,
-        )  # fmt: skip
-        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    else:
-        name = {"llama": "Llama", "llama3": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-        scaling = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
-        more = {
-            "qwen2": {"tie_word_embeddings": True},
-            "qwen3": {"head_dim": 16},
-            "llama3": {"rope_parameters": scaling, "head_dim": 16},
-        }.get(family, {})
-        config = getattr(transformers, f"{name}Config")(**text, **more)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    return model.eval()
-
-
-def clip_scale() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return transformers' own mean and deviation of CLIP's pixels, [3, 1, 1] each."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    return torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1), torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
-
-
-def pixels(values: np.ndarray, grid: Sequence[int], px: int) -> torch.Tensor:
-    """Return one picture [3, height, width] in CLIP's scale from payload rows."""
-    _, h, w = grid
-    picture = torch.from_numpy(values.copy()).view(h, w, px, px, 3).permute(4, 0, 2, 1, 3).reshape(3, h * px, w * px)
-    mean, deviation = clip_scale()
-    return (picture.float() / 255 - mean) / deviation
-
-
-def their_logits(model: Any, ids: np.ndarray, pictures: Sequence[tuple[np.ndarray, Sequence[int]]]) -> torch.Tensor:
-    """Return what transformers computes for one document."""
-    tokens = torch.from_numpy(ids.copy()).long().unsqueeze(0)
-    kind = model.config.model_type
-    with torch.no_grad():
-        if kind == "llava" and pictures:
-            images = torch.stack([pixels(values, grid, CLIP_PX) for values, grid in pictures])
-            return model(input_ids=tokens, pixel_values=images).logits[0]
-        if kind == "qwen2_5_vl" and pictures:
-            squares, grids = [], []
-            for values, grid in pictures:
-                picture, p = pixels(values, grid, QWEN_PX), QWEN_PX // 2
-                _, h, w = grid
-                cut = picture.expand(1, 2, 3, -1, -1).reshape(1, 2, 3, h, 2, p, w, 2, p)
-                squares.append(cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(4 * h * w, 6 * p * p))
-                grids.append([1, 2 * h, 2 * w])
-            kinds = (tokens == model.config.image_token_id).int()
-            return model(
-                input_ids=tokens, pixel_values=torch.cat(squares), image_grid_thw=torch.tensor(grids),
-                mm_token_type_ids=kinds,
-            ).logits[0]  # fmt: skip
-        return model(input_ids=tokens).logits[0]
 
 
 def ours(model: MultimodalTransformer, batch: Any) -> torch.Tensor:
@@ -184,63 +92,6 @@ def test_logits_are_theirs_imported_and_exported(family, synthetic, tmp_path):
         first += document.length
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of bytes, with the ids 0, 1 and 2 as special tokens."""
-    tokenizers = pytest.importorskip("tokenizers")
-    special = ["<|endoftext|>", "<|image_start|>", "<|image_pad|>"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["a bird sings"], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_decoder_gets_the_vision_tower_of_another_folder(kind, tmp_path):
-    """The encoder's states are those of transformers: CLIP's before its last block, SigLIP's after the last norm."""
-    transformers = pytest.importorskip("transformers")
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "image_size": 4 * CLIP_PX, "patch_size": CLIP_PX}  # fmt: skip
-    if kind == "clip":
-        text = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-        whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
-        theirs = whole.vision_model
-    else:
-        whole = theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.normal_(0, 0.2)
-    whole.eval().save_pretrained(tmp_path / "tower")
-    make("llama", vocab_size=320).save_pretrained(tmp_path / "llama")
-    write_tokenizer(tmp_path / "llama")
-    out = tmp_path / "imported"
-    folders = [str(tmp_path / "llama"), "--vision", str(tmp_path / "tower"), "--out", str(out)]
-    assert main(["import", *folders]) == 0
-    config = load_config(out / "config.yaml")
-    features = {"image": config.model.open_encoders["image"].features}
-    model = MultimodalTransformer(config.model, vocab_size=320, media_features=features)
-    anew = start_from(model, config.model, config.init_from)
-    assert {name.rpartition(".")[0] for name in anew} == {"towers.image.up", "towers.image.down"}
-
-    values = torch.randint(0, 256, (32, features["image"]), dtype=torch.uint8)
-    tower, grid = model.towers["image"], torch.tensor([[1, 4, 4]] * 2, dtype=torch.int32)
-    pictures = torch.stack([pixels(part.numpy(), (1, 4, 4), CLIP_PX) for part in values.split(16)])
-    if kind == "siglip":  # from CLIP's scale to [-1, 1]
-        mean, deviation = clip_scale()
-        pictures = (pictures * deviation + mean - 0.5) / 0.5
-    with torch.no_grad():
-        found = theirs(pixel_values=pictures, output_hidden_states=True)
-        expected = found.hidden_states[-2][:, 1:] if kind == "clip" else found.last_hidden_state
-        states = tower.encoder(tower.normalise(values), Items.of(torch.tensor([16, 16]), grid, 32))
-    assert (states - expected.flatten(0, 1)).abs().max() < TOLERANCE
-    assert expected.std() > 0.05
-
-
 @pytest.fixture(scope="module")
 def corpus(rank_pool, tmp_path_factory) -> Callable[..., Path]:
     """Return tiny shards with pictures, sounds and text."""
@@ -285,6 +136,10 @@ def test_imported_trained_resumed_under_zero_3_and_exported(family, corpus, rank
     now = dict(theirs.named_parameters())
     moved = [name for name in now if now[name].shape == begun[name].shape and not torch.equal(now[name], begun[name])]
     assert len(moved) > 10  # it has learnt something
+    packed = compare(run, theirs.eval(), packs(run, rows=4))
+    assert packed["max_abs_difference"] < TOLERANCE
+    assert packed["documents"] > 4
+    assert (packed["pictures"] > 0) == (family != "llama")
     batch = prompt_batch([prompt(run, family)], tokenizer=run.tokenizer, geometry=run.config.data.geometry)
     shown = [(payload.values, payload.grids[0].tolist()) for payload in batch.payloads.values()]
     expected = their_logits(theirs.eval(), batch.tokens[0], shown)

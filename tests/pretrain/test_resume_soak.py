@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import spine_runs as spine
+from rank_pool import PRELOADED
 
 from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
 from triweave.pretrain.engine.world import leave
@@ -39,7 +40,7 @@ STARTING_S = 3.0
 ENDING_S = 120.0
 """A run whose loader worker was killed must have ended by itself within this time."""
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["triweave.pretrain.train", "deepspeed", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 @pytest.mark.soak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from triweave.data_pipeline.stream.stalls import START_STEPS, STEPS_KEPT, StallMeter, StepLoad
 from triweave.kernels import backends
 from triweave.pretrain.engine.participation import Window
+from triweave.pretrain.engine.work import Work
 from triweave.pretrain.engine.zero import StepResult
 from triweave.pretrain.objectives.balance import Decision
 from triweave.pretrain.objectives.contrastive_window import ContrastiveFigures
@@ -27,7 +29,10 @@ def meter() -> StallMeter:
 
 
 def result(
-    step: int, contrastive: ContrastiveFigures | None = None, tasks: dict[str, TaskFigures] | None = None
+    step: int,
+    contrastive: ContrastiveFigures | None = None,
+    tasks: dict[str, TaskFigures] | None = None,
+    by_source: dict[str, float] | None = None,
 ) -> StepResult:
     """A step of 0.5 s after a wait of 0.25 s: 6 text targets at 2 nats, 2 that follow a picture at 3; no audio."""
     weights, sums = np.zeros(8), [0.0] * 8
@@ -38,13 +43,14 @@ def result(
         calls=np.array([[[True, False]]]),
         weights=weights,
         segments=np.array([[4]]),
-        tokens=30,
         data_wait_s=0.25,
-        flops=6e9,
+        work=Work(flops=6e9, tokens=np.array([20.0, 10, 0, 0, 0, 0, 0, 0]), items=np.array([0.0, 3, 0, 0, 0, 0, 0, 0])),
+        rank_flops=np.array([4e9, 2e9]),
+        source_weights=np.array([2.0, 6, 0]),
     )
     return StepResult(
         step=step, loss=2.3, cross_entropy=sums, grad_norm=1.5, lr=1e-3, step_s=0.5, window=window, objective=2.5,
-        contrastive=contrastive, tasks=tasks or LEARNT,
+        contrastive=contrastive, tasks=tasks or LEARNT, by_source=by_source or {},
         several_tasks=tasks is not None,
         decision=Decision(step=step, weights=dict.fromkeys(tasks or LEARNT, 1.0)),
     )  # fmt: skip
@@ -63,6 +69,16 @@ def test_figures_of_a_step():
     assert metrics["data_wait_fraction"] == pytest.approx(1 / 3)
     assert metrics["absent_towers"] == ["audio"]
     assert metrics["memory_bytes"] > 10_000_000
+    assert metrics["tokens_by_modality"] == {"text": 20, "image": 10}
+    assert metrics["media_per_s"] == {"image": pytest.approx(4)}
+    assert metrics["rank_imbalance"] == pytest.approx(4 / 3)
+
+
+def test_sources_are_told_apart_where_there_are_several():
+    assert "loss_by_source" not in step_metrics(result(4, by_source={"web": 18.0}))
+    metrics = step_metrics(result(4, by_source={"web": 6.0, "speech": 12.0, "later": 0.0}))
+    assert metrics["loss_by_source"] == {"web": 3.0, "speech": 2.0}
+    assert metrics["supervised_by_source"] == {"web": 2.0, "speech": 6.0}
 
 
 def test_contrastive_figures_stand_only_where_there_are_any():
@@ -170,6 +186,18 @@ def test_what_the_loader_does_stands_in_the_metrics_and_a_stall_is_told_once(tmp
     assert len(told) == 1
     # A wait of 0.25 s beside work of 0.5 s.
     assert "you are storage bound: 33% of the time" in told[0]
+    verdict = {"rank": 0, "bound": "storage", "wait_share": pytest.approx(1 / 3), "stage_share": pytest.approx(5 / 6)}
+    assert ["stall" in line for line in lines] == [step >= START_STEPS + STEPS_KEPT for step in range(1, steps + 1)]
+    assert lines[-1]["stall"] == verdict
+
+
+def test_rank_0_names_the_rank_that_waits_most(rank_pool):
+    """Rank 0 itself does not wait at all; every rank comes to the same line, once."""
+    answers = rank_pool.pool(2).run(Path(__file__).with_name("stall_tasks.py"), "compared")
+    for told in answers:
+        (line,) = filter(None, told)
+        assert line.startswith("data: you are decode bound on rank 1 of 2, which waits most: 50% of the time")
+        assert told.index(line) == START_STEPS + STEPS_KEPT - 1
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

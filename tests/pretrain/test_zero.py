@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from triweave.pretrain.batch import to_device
 from triweave.pretrain.engine.config import OWNED_KEYS, TrainConfig, deepspeed_config
+from triweave.pretrain.engine.optimizer import tower_of
 from triweave.pretrain.errors import PretrainError
 
 THIS = Path(__file__)
@@ -72,7 +74,9 @@ def test_bf16_needs_master_weights():
         TrainConfig(zero_stage=0, precision="bf16")
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"micro_batch_rows": 0}, {"torch_threads": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"micro_batch_rows": 0}, {"torch_threads": -1}, {"norms_every_steps": -1}]
+)
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(PretrainError, match=rf"train\.{next(iter(wrong))} is "):
         TrainConfig(**wrong)
@@ -135,3 +139,70 @@ def test_tied_and_frozen_parameters_agree_at_every_stage(rank_pool, tasks):
         np.testing.assert_allclose(answers[0]["losses"], reference[0], rtol=1e-6)
         for name, values in whole.items():
             np.testing.assert_allclose(values, reference[1][name], atol=1e-6, rtol=0)
+
+
+def _two_sources(batch):
+    """Return the batch with its supervised positions dealt out to two sources in turns."""
+    import dataclasses
+
+    return dataclasses.replace(batch, row_source=(np.arange(len(batch.row_index)) % 2).astype(np.int16))
+
+
+def train_one_told(world, *, stage: int) -> dict[str, object]:
+    """Run inside ranks: one step that clips, of two sources, and what it tells."""
+    import dataclasses
+
+    from triweave.data_pipeline.config import SourceConfig
+    from triweave.pretrain.engine.zero import Engine
+
+    tasks = _tasks()
+    config = tasks.config(stage, clip_norm=0.01, norms_every_steps=1)
+    sources = [SourceConfig(name=name, shards="none") for name in ("web", "speech")]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    engine = Engine(tasks.build_model(), config, world, accumulation=1)
+    result = engine.train_window([_two_sources(tasks.micro_batch("nobody_has_audio", 3, world.rank, 0))])
+    after = tasks.snapshot(engine)
+    engine.close()
+    return {
+        "after": after,
+        "norms": {name: (norms.gradient, norms.update) for name, norms in result.tower_norms.items()},
+        "grad_norm": result.grad_norm,
+        "by_source": result.by_source,
+        "weights": result.window.source_weights.tolist(),
+    }
+
+
+@pytest.mark.parametrize(
+    "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_towers_and_sources_are_told_apart(rank_pool, tasks, stage):
+    """Against one plain torch process: gradients by tower, how far a clipped step moved each, losses by source."""
+    answers = rank_pool.pool(2).run(THIS, "train_one_told", stage=stage)
+    model, batches = tasks.build_model(), [_two_sources(tasks.micro_batch("nobody_has_audio", 3, r, 0)) for r in (0, 1)]
+    weight = sum(float(batch.row_weight.sum()) for batch in batches)
+    by_source = np.zeros(2)
+    for batch in batches:
+        sums = model(to_device(batch, "cpu", sources=2))
+        (sums.total / weight).backward()
+        by_source += sums.by_slot.view(2, -1).sum(1).double().numpy()
+    squares = {"trunk": 0.0, "image": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            squares[tower_of(name)] += float(parameter.grad.double().square().sum())
+    after, _ = tasks.assemble([answer["after"] for answer in answers])
+    moved = {"trunk": 0.0, "image": 0.0, "audio": 0.0}
+    for name, parameter in tasks.build_model().named_parameters():
+        change = after["weight"][name].astype(np.float64) - parameter.detach().flatten().double().numpy()
+        moved[tower_of(name)] += float(np.square(change).sum())
+    assert moved.pop("audio") == 0
+    for answer in answers:
+        assert set(answer["norms"]) == {"trunk", "image"}
+        for name, (gradient, update) in answer["norms"].items():
+            assert gradient == pytest.approx(squares[name] ** 0.5, rel=1e-5)
+            assert update == pytest.approx(moved[name] ** 0.5, rel=1e-5)
+        assert answer["grad_norm"] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-5)
+        assert answer["by_source"] == {
+            "web": pytest.approx(by_source[0], rel=1e-6), "speech": pytest.approx(by_source[1], rel=1e-6),
+        }  # fmt: skip
+        assert sum(answer["weights"]) == weight
+        assert answer["weights"][0] == sum(float(batch.row_weight[::2].sum()) for batch in batches)

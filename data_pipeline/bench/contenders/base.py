@@ -16,11 +16,15 @@ from triweave.data_pipeline.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured: the shards of `config`, `samples` in all, and an empty folder for a loader's own format."""
+    """What is measured: the shards of `config`, `samples` in all, and an empty folder for a loader's own format.
+
+    store: where the same shards lie in an object store, empty where nothing is read from one.
+    """
 
     config: DataConfig
     samples: int
     folder: Path
+    store: str = ""
 
     @property
     def shards(self) -> Path:
@@ -53,6 +57,16 @@ class Contender(Protocol):
 
     def resume(self) -> None:
         """Make the first pack behind the prepared state."""
+
+
+class FromStore(Protocol):
+    """A loader that can also begin with shards in an object store."""
+
+    def prepare_store(self) -> None:
+        """Forget all that was read from the store; not timed."""
+
+    def first_batch_from_store(self) -> None:
+        """Make the first pack of an epoch from the store."""
 
 
 class SampleStream(ABC):

@@ -26,6 +26,8 @@ CONTENDERS = {
 }
 OWN = ("triweave", "bare")
 """Measured always."""
+FROM_STORE = ("triweave", "webdataset")
+"""Those that are also measured from an object store: they are `FromStore`."""
 PEERS = tuple(name for name in CONTENDERS if name not in OWN)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 from triweave.data_pipeline.bench.contenders.base import Setting
 from triweave.data_pipeline.bench.contenders.webdataset import tar_samples
 from triweave.data_pipeline.bench.work import parts_of
 from triweave.data_pipeline.media.modalities import MODALITIES
+from triweave.data_pipeline.storage.client import forget_clients
 from triweave.data_pipeline.stream.content import PieceMaker
 from triweave.data_pipeline.stream.layout import row_pieces
 from triweave.data_pipeline.stream.loader import MicroBatch, stream_pipeline
@@ -26,6 +30,7 @@ class Triweave:
 
     def __init__(self, setting: Setting) -> None:
         self.config = setting.config
+        self.folder, self.store = setting.folder, setting.store
         self.state = ""
 
     def raw(self) -> int:
@@ -51,6 +56,17 @@ class Triweave:
     def first_batch(self) -> None:
         """Plan, and make the first pack."""
         planner = Planner(self.config)
+        next(self._stream(planner, planner.start()))
+
+    def prepare_store(self) -> None:
+        """Begin with an empty cache and new connections."""
+        os.environ["TRIWEAVE_CACHE_DIR"] = tempfile.mkdtemp(dir=self.folder)
+        forget_clients()
+
+    def first_batch_from_store(self) -> None:
+        """Read manifest, indices and token counts, plan, and make the first pack."""
+        source = replace(self.config.sources[0], shards=self.store)
+        planner = Planner(replace(self.config, sources=[source]))
         next(self._stream(planner, planner.start()))
 
     def prepare_resume(self, share: float) -> None:

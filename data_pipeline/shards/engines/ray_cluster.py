@@ -118,10 +118,11 @@ def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
         else:
             _require_listener(address)
             ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         where = f"--ray-address {address}" if address else "--engine ray"
         reason = " ".join(str(error).split())[:200]
-        raise BuildError(f"{where}: cannot be used ({reason}); `ray status` shows what runs") from None
+        token = ", and a cluster with a token wants RAY_AUTH_TOKEN here" if address else ""
+        raise BuildError(f"{where}: cannot be used ({reason}); `ray status` shows what runs{token}") from None
     try:
         yield
     finally:

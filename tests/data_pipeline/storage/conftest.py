@@ -58,11 +58,16 @@ def fault_proxy() -> Callable[[str], AbstractContextManager[Any]]:
 
 
 @pytest.fixture(scope="session")
-def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ceph_programs() -> None:
+    """Skip where Ceph is not installed."""
+    if missing := beside("radosgw").missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}; tests/launch/install_system_packages.sh installs them")
+
+
+@pytest.fixture(scope="session")
+def ceph(ceph_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:  # noqa: ARG001
     """Ceph's radosgw with a bucket `corpora`, once per session."""
     radosgw = beside("radosgw")
-    if missing := radosgw.missing_programs():
-        pytest.skip(f"not installed: {', '.join(missing)}; tests/launch/install_system_packages.sh installs them")
     with radosgw.radosgw(tmp_path_factory.mktemp("ceph")) as server:
         server.make_bucket("corpora")
         yield server

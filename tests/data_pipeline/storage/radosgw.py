@@ -6,8 +6,11 @@ About 20 s to start and 420 MB of memory. Needs the programs of the Debian packa
 
 from __future__ import annotations
 
+import ctypes
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +19,14 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 START_SECONDS = 120
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 CONFIG = """[global]
 fsid = {fsid}
 mon host = v1:127.0.0.1:{mon_port}
@@ -165,8 +169,18 @@ def _run(config: Path, *command: object) -> None:
 def _start(config: Path, *command: str) -> subprocess.Popen[bytes]:
     with open(config.parent / f"{command[0]}.out", "wb") as out:
         return subprocess.Popen(
-            [*command, "-c", str(config)], stdout=out, stderr=out, env=_environment(), cwd=config.parent
+            [*command, "-c", str(config)],
+            stdout=out,
+            stderr=out,
+            env=_environment(),
+            cwd=config.parent,
+            preexec_fn=_end_with_parent,
         )
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the thread that started it ends, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment() -> dict[str, str]:
@@ -190,14 +204,23 @@ def _wait_until_it_answers(endpoint: str, running: list[subprocess.Popen[bytes]]
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port that nobody listens at, below those that Linux gives to outgoing connections meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
-if __name__ == "__main__":  # for trying things by hand: python radosgw.py FOLDER
-    with radosgw(Path(sys.argv[1])) as started:
+def _by_hand(folder: Path, seconds: float) -> None:
+    """Serve for `seconds`, or until Ctrl-C, SIGTERM or the end of the terminal; then no process of Ceph is left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    with radosgw(folder) as started:
         started.make_bucket("corpora")
         print("\n".join(f"export {name}={value}" for name, value in started.environment.items()), flush=True)
-        time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 3600)
+        time.sleep(seconds)
+
+
+if __name__ == "__main__":  # python radosgw.py FOLDER [SECONDS]
+    _by_hand(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 3600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -124,6 +124,12 @@ def serving(folders: list[ShardFolder], **more: Any) -> Iterator[ViewServer]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def serve() -> Callable[..., AbstractContextManager[ViewServer]]:
+    """`serving`, for tests: modules cannot import a conftest."""
+    return serving
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from triweave.data_pipeline.config import ScheduleEntry, load_data_config
+from triweave.launch.view import server
+from triweave.launch.view.packs import PackBook
 from triweave.launch.view.server import ViewServer
+from triweave.launch.view.shard_folder import ShardFolder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright: pip install '.[dev]'")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -130,7 +134,7 @@ def test_everything_by_keyboard(watch: Callable[..., Watched], view_server: View
     page.locator(".matrix polygon").first.wait_for()
     page.keyboard.press("j")
     wait_for(
-        page, "location.hash === '#packs/0/1' && document.querySelector('#packs h1')?.innerText.startsWith('Pack 1:')"
+        page, "location.hash === '#packs/0/0/1' && document.querySelector('#packs h1')?.innerText.startsWith('Pack 1:')"
     )
     page.keyboard.press("]")
     wait_for(page, "document.querySelector('#packs .about')?.innerText.startsWith('Block 1:')")
@@ -138,7 +142,7 @@ def test_everything_by_keyboard(watch: Callable[..., Watched], view_server: View
     heading(page, "item/33")
     page.go_back()
     page.go_back()
-    wait_for(page, "location.hash === '#packs/0/1'")
+    wait_for(page, "location.hash === '#packs/0/0/1'")
     assert watched.said == []
     assert {url.split("/")[2] for url in watched.asked} == {f"127.0.0.1:{view_server.server_port}"}
 
@@ -150,8 +154,8 @@ def test_what_is_left_falls_silent_and_never_comes_late(watch: Callable[..., Wat
     page.evaluate("() => { window.sound = document.querySelector('audio'); sound.loop = true; return sound.play(); }")
     late: list[Any] = []
     page.route("**/api/document?*sample=5", lambda route: late.append(route))
-    page.keyboard.press("j")
-    wait_for(page, "location.hash === '#documents/0/5'")
+    with page.expect_request("**/api/document?*sample=5"):
+        page.keyboard.press("j")
     page.keyboard.press("j")
     heading(page, "item/6")
     assert page.evaluate("sound.paused")
@@ -179,13 +183,45 @@ def test_keys_count_from_each_other_before_the_address_has_changed(
     page.keyboard.press("p")
     page.locator(".matrix polygon").first.wait_for()
     page.evaluate(f"() => {{ const press = {press}; press(); press(); }}")
-    wait_for(page, "location.hash === '#packs/0/2'")
+    wait_for(page, "location.hash === '#packs/0/0/2'")
+
+
+@pytest.mark.slow
+def test_plan_segments_by_key_and_by_choice(
+    watch: Callable[..., Watched], view_data: Any, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SEARCH_SECONDS", 0)  # a step a call, so that the page has to call again
+    schedule = [ScheduleEntry(after_step=3, sequence_length=64), ScheduleEntry(after_step=9, sequence_length=128)]
+    packs = PackBook(replace(load_data_config(view_data.config), schedule=schedule), 2)
+    with serve([ShardFolder("birds", str(view_data.shards))], packs=packs) as shown:
+        watched = watch()
+        page = watched.page
+        page.goto(f"{shown.url}#packs/0/0/0")
+        title = "document.querySelector('#packs h1')?.innerText"
+        wait_for(page, f"{title}?.includes(' of 96 tokens')")
+        page.keyboard.press("}")
+        wait_for(page, f"location.hash === '#packs/1/0/0' && {title}?.includes(' of 64 tokens')")
+        wait_for(page, "document.querySelector('#packs table')?.innerText.includes('carried over')")
+        assert page.locator("#segment option").last.inner_text() == "2: from step 10, 128 tokens a pack"
+        page.focus("#segment")
+        page.keyboard.press("ArrowDown")
+        wait_for(page, f"location.hash === '#packs/2/0/0' && {title}?.includes(' of 128 tokens')")
+        assert page.evaluate("document.activeElement.id") == "segment"
+        page.keyboard.press("Escape")
+        page.keyboard.press("}")  # the last one stays
+        page.keyboard.press("{")
+        wait_for(page, f"location.hash === '#packs/1/0/0' && {title}?.includes(' of 64 tokens')")
+        page.goto(f"{shown.url}#packs/0/0/6")
+        wait_for(
+            page, "document.querySelector('#packs .problem')?.innerText.includes('segment 1 takes over before it')"
+        )
+    assert watched.said == []
 
 
 @pytest.mark.slow
 def test_a_piece_of_a_pack_leads_to_its_document(watch: Callable[..., Watched], view_server: ViewServer) -> None:
     page = watch().page
-    page.goto(f"{view_server.url}#packs/0/0")
+    page.goto(f"{view_server.url}#packs/0/0/0")
     link = page.locator("#packs td a").first
     link.focus()
     assert page.locator(".matrix .lit").count() > 0
@@ -194,7 +230,7 @@ def test_a_piece_of_a_pack_leads_to_its_document(watch: Callable[..., Watched], 
     page.locator("#document h1").wait_for()
     assert key in page.inner_text("#document")
     page.get_by_role("link", name="pack 0").click()
-    wait_for(page, "location.hash === '#packs/0/0'")
+    wait_for(page, "location.hash === '#packs/0/0/0'")
 
 
 @pytest.mark.slow
@@ -224,7 +260,7 @@ def test_lists_are_chosen_and_go_on(watch: Callable[..., Watched], view_server: 
 def test_text_reads_in_light_and_dark(watch: Callable[..., Watched], view_server: ViewServer, scheme: str) -> None:
     watched = watch(scheme)
     page = watched.page
-    for place in ("#documents/0/4", "#packs/0/2", "#documents/1/5"):
+    for place in ("#documents/0/4", "#packs/0/0/2", "#documents/1/5"):
         page.goto(view_server.url + place)
         page.locator("main:not([hidden]) h1").wait_for()
         wait_for(page, "document.querySelectorAll('#list a').length > 5 || !packs.hidden")
@@ -244,7 +280,7 @@ def test_it_fits_a_telephone(watch: Callable[..., Watched], view_server: ViewSer
             heading(page, "item/4")
             assert not page.locator("#finder").is_visible()
         elif step:
-            page.goto(view_server.url + {"packs": "#packs/0/1", "a hostile one": "#documents/1/0"}[step])
+            page.goto(view_server.url + {"packs": "#packs/0/0/1", "a hostile one": "#documents/1/0"}[step])
             page.locator("main:not([hidden]) h1").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], step
     page.keyboard.press("Escape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from triweave.data_pipeline.batch import PackedBatch
-from triweave.data_pipeline.config import DataConfig, load_data_config
+from triweave.data_pipeline.config import DataConfig, ScheduleEntry, load_data_config
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.stream.loader import StepLoader
 from triweave.launch.errors import ViewError
 from triweave.launch.view.packs import PackBook, stretches
+from triweave.launch.view.shard_folder import ShardFolder
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,49 @@ def test_intervals_are_those_of_the_loader(config: DataConfig) -> None:
     assert {("text", True), ("text", False), ("image", False), ("audio", False)} <= kinds
 
 
-def test_pieces_lead_to_their_documents(config: DataConfig, view_data: Any) -> None:
-    from triweave.launch.view.shard_folder import ShardFolder
+SCHEDULE = [ScheduleEntry(after_step=2, sequence_length=64), ScheduleEntry(after_step=5, sequence_length=128)]
 
+
+def test_packs_of_every_segment_are_those_of_the_loader(config: DataConfig, view_data: Any) -> None:
+    """Also the pieces that a segment takes over from the one before, whose packs end within a block."""
+    config = replace(config, schedule=SCHEDULE, packing=replace(config.packing, contrastive_share=0.0))
+    book = PackBook(config, 3)
+    assert [(one["first_step"], one["last_step"], one["sequence_length"]) for one in book.segments()] == [
+        (1, 2, 96), (3, 5, 64), (6, None, 128)
+    ]  # fmt: skip
+    assert book.block(0)["end"] is None, "not walked yet"
+    assert book.reach(2, 0) == {"segment": 2, "there": False, "step": 1, "steps": 5}
+    stream = iter(StepLoader(config, rank=0, world_size=1, global_batch_rows=3, micro_batch_rows=1))
+    carried: list[tuple[int, int, int]] = []
+    for segment, steps in enumerate((2, 3, 4)):
+        first_row = None
+        for batch in (batch for _ in range(steps) for batch in next(stream).micro_batches):
+            plan_row = int(batch.plan_rows[0])
+            first_row = plan_row if first_row is None else first_row
+            pack = book.pack(0, plan_row - first_row, segment=segment)
+            used = int((batch.document_ids[0] >= 0).sum())
+            assert (pack["tokens"], pack["sequence_length"]) == (used, batch.tokens.shape[1])
+            assert seen(pack)[:2] == (batch.kv_lo[0, :used].tolist(), batch.kv_hi[0, :used].tolist())
+            drawn = [f"{piece['source']}:{piece['epoch']}:{piece['key']}" for piece in pack["pieces"]]
+            assert drawn == [name.rsplit(":", 2)[0] for name in batch.sample_ids[0]]
+            carried += [(segment, pack["row"], piece["sample"]) for piece in pack["pieces"] if piece["carried"]]
+    assert (book.block(0)["end"], book.block(0, segment=1)["end"]) == ([0, 6], [0, 9])
+    assert book.reach(2, 0) == {"segment": 2, "there": True, "step": 5, "steps": 5}
+    segment, row, sample = carried[0]
+    place = ShardFolder("birds", str(view_data.shards)).place(sample)
+    assert row in book.rows_of(0, "birds", *place, segment=segment)
+
+
+def test_later_segments_need_the_rows_of_a_step(config: DataConfig) -> None:
+    book = PackBook(replace(config, schedule=SCHEDULE))
+    assert book.block(0)["rows"] > 0
+    with pytest.raises(ViewError, match=r"name the rows of a step with train\.global_batch_rows=N"):
+        book.block(0, segment=1)
+    with pytest.raises(ViewError, match="segment 3: the config has the segments 0 to 2"):
+        book.pack(0, 0, segment=3)
+
+
+def test_pieces_lead_to_their_documents(config: DataConfig, view_data: Any) -> None:
     folder = ShardFolder("birds", str(view_data.shards))
     book = PackBook(config)
     rows_of: dict[int, set[int]] = {}

@@ -25,6 +25,8 @@ from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.manifest import Manifest
 
 INDEX_PEERS = ("energon",)
+CLOCK_S = 1 / os.sysconf("SC_CLK_TCK")
+"""Tick of the clock of processor time."""
 _TIMED = """
 import json, os, sys, time
 asked = json.loads(sys.argv[1])
@@ -142,7 +144,8 @@ class _FailedError(Exception):
 
 
 def _rate(runs: list[tuple[int, float, float, str]], field: int) -> float:
-    return statistics.median(run[0] / float(run[field]) for run in runs)
+    """Return samples per second; a clock that has not moved yet counts as one of its ticks."""
+    return statistics.median(run[0] / max(float(run[field]), CLOCK_S) for run in runs)
 
 
 def _run(python: str, name: str, shards: Path, out: Path) -> tuple[int, float, float, str]:

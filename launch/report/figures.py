@@ -14,7 +14,7 @@ from triweave.launch.report.wording import readable
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-MODALITY_COLOURS = {"text": 0, "image": 1, "audio": 2}
+MODALITY_COLOURS = {"text": 0, "trunk": 0, "image": 1, "audio": 2}
 _MIB = 1 << 20
 
 
@@ -73,8 +73,13 @@ def _by_part(runs: Sequence[ReportRun], figure: str, title: str, unit: str) -> l
     return _curves(
         title,
         [
-            _series(run, f"{figure}/{name}", colour, label=f"{run.name}: {name}" if several else name)
-            for colour, (run, name) in enumerate(parts)
+            _series(
+                run,
+                f"{figure}/{name}",
+                place if several else MODALITY_COLOURS.get(name, place),
+                label=f"{run.name}: {name}" if several else name,
+            )
+            for place, (run, name) in enumerate(parts)
         ],
         unit,
     )

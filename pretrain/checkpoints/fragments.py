@@ -110,6 +110,7 @@ def publish_weights(engine: Any) -> None:
             flush_state(optimizer, sub_group)
             with in_memory(optimizer, sub_group, write=False):
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        optimizer.invalidate_secondary_tensor()  # hpZ would gather its copy of the weights before
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif hasattr(optimizer, "update_lp_params"):

@@ -21,7 +21,7 @@ from triweave.data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 REPAIRS = int(os.environ.get("SOAK_REPAIRS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 KILLS = 3
-LONGEST_S = 4.0
+LONGEST_S = 1.5
 PROGRAM = """
 import sys
 from pathlib import Path

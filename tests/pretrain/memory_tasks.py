@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
+import torch
 from siblings import load_sibling
 
 from triweave.pretrain.bench.step import SMALL_BUCKETS
@@ -21,6 +23,8 @@ def held_bytes(world: Any, *, stage: int, accumulation: int) -> dict[str, Any]:
     tasks, large = load_sibling("engine_tasks"), load_sibling("nvme_tasks")
     config = tasks.config(stage, deepspeed={"zero_optimization": SMALL_BUCKETS})
     config = dataclasses.replace(config, model=large.model_config())
+    # of engines before this one in the process: held, so that none goes while this one is counted
+    earlier = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     before = tensor_bytes()
     model = large.build_model()
     groups = [
@@ -33,4 +37,5 @@ def held_bytes(world: Any, *, stage: int, accumulation: int) -> dict[str, Any]:
     engine.before_update = lambda: held.append(tensor_bytes(model) - before)
     large.train(engine, world, "all", range(1, 2))
     engine.close()
+    del earlier
     return {"bytes": held[0], "parameters": sum(map(sum, groups)), "groups": groups}

@@ -16,6 +16,7 @@ TASKS = Path(__file__).with_name("engine_tasks.py")
 CPU = {"device": "cpu"}
 OPTIMIZER = {"offload_optimizer": CPU}
 EVERYTHING = {"offload_optimizer": CPU, "offload_param": CPU}
+SECONDARY = {"zero_hpz_partition_size": 2}
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ EVERYTHING = {"offload_optimizer": CPU, "offload_param": CPU}
         (2, OPTIMIZER),
         (3, OPTIMIZER),
         (3, EVERYTHING),
-        (3, {"zero_hpz_partition_size": 2}),
+        (3, SECONDARY),
     ],
     ids=["optimizer-1", "optimizer-2", "optimizer-3", "everything-3", "hpz-3"],
 )
@@ -53,5 +54,16 @@ def test_an_offloaded_run_is_resumed(train, straight, tmp_path, stage: int, sett
     assert train(tmp_path, 2, f"train.zero_stage={stage}", "train.steps=10", offload, rest) == ["", ""]
     assert train(tmp_path, 2, "train.zero_stage=1", "train.steps=20", rest, resume=True) == ["", ""]
     assert read_consumed(tmp_path)[-1].step == 20
+    for line, wanted in zip(metrics(tmp_path), metrics(straight), strict=True):
+        assert abs(line["loss"] - wanted["loss"]) <= 1e-6 * max(1, wanted["loss"]), line["step"]
+
+
+@pytest.mark.slow
+def test_secondary_partitions_are_of_the_weights_that_a_resume_loads(train, straight, tmp_path) -> None:
+    """They are made when the model is, of its initial weights; the first step behind a resume must not see these."""
+    rest = "schedule.total_steps=20"
+    hpz = f"deepspeed={yaml.safe_dump({'zero_optimization': SECONDARY}, default_flow_style=True).strip()}"
+    assert train(tmp_path, 2, "train.zero_stage=3", "train.steps=10", hpz, rest) == ["", ""]
+    assert train(tmp_path, 2, "train.zero_stage=3", "train.steps=20", hpz, rest, resume=True) == ["", ""]
     for line, wanted in zip(metrics(tmp_path), metrics(straight), strict=True):
         assert abs(line["loss"] - wanted["loss"]) <= 1e-6 * max(1, wanted["loss"]), line["step"]

@@ -228,10 +228,11 @@ class Telemetry:
             metrics["checkpoint"] = asdict(save)
         self._file.write(json.dumps(finite(metrics)) + "\n")
         self._file.flush()
-        for name, value in _flat(metrics):
+        figures = _flat(metrics)
+        for name, value in figures:
             self._board.add_scalar(name, value, result.step)
         if self._wandb is not None:
-            self._wandb.write(list(_flat(metrics)), result.step)
+            self._wandb.write(figures, result.step)
         pairs = ""
         if "contrastive_loss" in metrics:
             pairs = f"  contrastive {metrics['contrastive_loss']:.4f} ({metrics['contrastive_accuracy']:.0%})"

@@ -1,11 +1,9 @@
 import gc
-import importlib.util
 import signal
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from siblings import load_sibling
 
 
 def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's hook signature
@@ -33,11 +31,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest'
 @pytest.fixture(scope="session")
 def rank_pool() -> ModuleType:
     """The module tests/pretrain/rank_pool.py: rank processes shared by the whole session."""
-    path = Path(__file__).with_name("pretrain") / "rank_pool.py"
-    specification = importlib.util.spec_from_file_location("triweave_test_rank_pool", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_sibling("rank_pool")

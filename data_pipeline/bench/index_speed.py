@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from triweave.data_pipeline.bench.loader_bench import ONE_THREAD, PeerFailedError
 from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.manifest import Manifest
 
@@ -107,7 +108,7 @@ def measure_indexers(
         if peer not in INDEX_PEERS:
             raise ConfigError(f"--peers {peer}: is none of {', '.join(INDEX_PEERS)}")
     manifest = Manifest.load(shards)
-    names = ("triweave index", "triweave verify", *peers)
+    names = ("triweave index", "triweave verify", *dict.fromkeys(peers))
     runs: dict[str, list[tuple[int, float, float, str]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for turn in range(repeats):
@@ -119,7 +120,7 @@ def measure_indexers(
             out.mkdir()
             try:
                 runs[name].append(_run(python if name in peers else sys.executable, name, shards, out))
-            except _FailedError as error:
+            except PeerFailedError as error:
                 failed[name] = str(error)
     peer_rate = _rate(runs["energon"], 2) if "energon" in peers and "energon" not in failed else None
     tar_bytes = sum(entry.tar_bytes for entry in manifest.shards)
@@ -139,10 +140,6 @@ def measure_indexers(
     ]
 
 
-class _FailedError(Exception):
-    """An indexer does not run here; the message is its row's error."""
-
-
 def _rate(runs: list[tuple[int, float, float, str]], field: int) -> float:
     """Return samples per second; a clock that has not moved yet counts as one of its ticks."""
     return statistics.median(run[0] / max(float(run[field]), CLOCK_S) for run in runs)
@@ -150,13 +147,12 @@ def _rate(runs: list[tuple[int, float, float, str]], field: int) -> float:
 
 def _run(python: str, name: str, shards: Path, out: Path) -> tuple[int, float, float, str]:
     asked = json.dumps({"shards": str(shards.resolve()), "out": str(out)})
-    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
     command = [python, "-c", _TIMED % PROGRAMS[name], asked]
     try:
-        done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
     except OSError as error:
         raise ConfigError(f"--python {python}: cannot be started ({error.strerror})") from None
     if done.returncode:
-        raise _FailedError((done.stderr.strip() or "no output").splitlines()[-1])
+        raise PeerFailedError((done.stderr.strip() or "no output").splitlines()[-1])
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return int(found[0]), float(found[1]), float(found[2]), str(found[3])

@@ -36,7 +36,7 @@ from triweave.data_pipeline.text.token_counts import write_token_counts
 
 RESUME_SHARES = {"resume_s_at_0": 0.0, "resume_s_at_50": 0.5, "resume_s_at_99": 0.99}
 """Field of a row -> share of an epoch behind which the loader goes on."""
-_ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class BenchOptions:
 
 
 class PeerFailedError(Exception):
-    """A loader does not run here; the message is its row's error. Not for the user."""
+    """A loader or indexer does not run here; the message is its row's error. Not for the user."""
 
 
 def bench_loader(
@@ -134,7 +134,7 @@ class LoaderProcess:
             stdout=subprocess.PIPE,
             stderr=(folder / f"{name}.log").open("w"),
             text=True,
-            env=os.environ | _ONE_THREAD,
+            env=os.environ | ONE_THREAD,
         )
         self._log = folder / f"{name}.log"
         content = {
@@ -186,7 +186,7 @@ def _measure(
     folder: Path,
     progress: Callable[[str], None],
 ) -> list[BenchRow]:
-    names = (*OWN, *options.peers)
+    names = (*OWN, *dict.fromkeys(options.peers))
     running: dict[str, LoaderProcess] = {}
     failed: dict[str, str] = {}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

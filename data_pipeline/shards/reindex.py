@@ -6,7 +6,6 @@ Every member is checked against the xxh3 in its sample's JSON on the way.
 from __future__ import annotations
 
 import mmap
-import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import xxhash
 
 from triweave.data_pipeline.errors import SchemaError, ShardDamagedError
-from triweave.data_pipeline.shards.index import IndexRow, write_index
+from triweave.data_pipeline.shards.index import IndexRow
 from triweave.data_pipeline.shards.schema import MediaPart, document_from_json
-from triweave.data_pipeline.shards.writer import EncodedSample, index_row
+from triweave.data_pipeline.shards.writer import EncodedSample, index_row, padded, write_both_indices
 
 _JSON = ".json"
 _Member = tuple[str, int, int]
@@ -49,8 +48,7 @@ def write_indices(tar: Path, index: Path, idx: Path) -> int:
     for sample in stored_samples(tar):
         rows.append(sample.row.moved_to(end))
         end += sample.row.size
-    write_index(index, rows)
-    idx.write_bytes(struct.pack(f"{len(rows) + 1}Q", *(row.offset for row in rows), end))
+    write_both_indices(index, idx, rows, end)
     return len(rows)
 
 
@@ -62,7 +60,7 @@ def _members(data: mmap.mmap, tar: Path) -> Iterator[_Member]:
         except ValueError as error:
             raise ShardDamagedError(f"{tar} is damaged at byte {at} ({error}): run `triweave verify`") from None
         start = at + tarfile.BLOCKSIZE
-        at = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        at = start + padded(size)
         if at > len(data):
             raise ShardDamagedError(f"{tar} ends within {name}: run `triweave verify`")
         yield name, start, start + size
@@ -83,8 +81,7 @@ def _name_and_size(header: bytes) -> tuple[str, int]:
 def _sample(data: mmap.mmap, members: list[_Member], tar: Path) -> EncodedSample:
     (name, json_start, json_end), *media = members
     key, first = name.removesuffix(_JSON), json_start - tarfile.BLOCKSIZE
-    end = members[-1][2]
-    content = data[first : end + -end % tarfile.BLOCKSIZE]
+    content = data[first : padded(members[-1][2])]
     ranges = {name: (start - first, end - first) for name, start, end in media}
     damaged = f"{tar}: sample {key} is damaged: run `triweave verify`"
     try:

@@ -59,7 +59,7 @@ def encode_sample(key: str, document: Document) -> EncodedSample:
     description = document_to_json(document)
     blocks: list[bytes] = []
     json_offset = offset = _append(blocks, f"{key}.json", description, 0)
-    offset += _padded(len(description))
+    offset += padded(len(description))
     part_offset = []
     for part in parts:
         if isinstance(part, TextPart):
@@ -68,7 +68,7 @@ def encode_sample(key: str, document: Document) -> EncodedSample:
         if part.data is None:
             raise SchemaError(f"document {document.id!r}: part {part.member} has no bytes")
         part_offset.append(_append(blocks, f"{key}.{part.member}", part.data, offset))
-        offset = part_offset[-1] + _padded(len(part.data))
+        offset = part_offset[-1] + padded(len(part.data))
     data = b"".join(blocks)
     return EncodedSample(data=data, row=index_row(key, document, data, json_offset, len(description), part_offset))
 
@@ -80,11 +80,12 @@ def _with_member(part: Part, position: int) -> Part:
 def _append(blocks: list[bytes], name: str, data: bytes, offset: int) -> int:
     """Append one member to `blocks` and return where its data starts when its header starts at `offset`."""
     header = member_header(name, len(data))
-    blocks += (header, data, bytes(_padded(len(data)) - len(data)))
+    blocks += (header, data, bytes(padded(len(data)) - len(data)))
     return offset + len(header)
 
 
-def _padded(size_bytes: int) -> int:
+def padded(size_bytes: int) -> int:
+    """Return the bytes that a member's content takes in a tar: whole blocks."""
     return -(-size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
@@ -116,6 +117,12 @@ def index_row(
         part_rate=[info.rate if info else 0 for info in media],
         part_xxh3=[part.xxh3 for part in parts],
     )
+
+
+def write_both_indices(index: Path, idx: Path, rows: list[IndexRow], end: int) -> None:
+    """Write the index of a shard and its `.tar.idx`: where every sample starts, and where the last one ends."""
+    write_index(index, rows)
+    idx.write_bytes(struct.pack(f"{len(rows) + 1}Q", *(row.offset for row in rows), end))
 
 
 class ShardWriter:
@@ -151,13 +158,12 @@ class ShardWriter:
 
     def seal(self) -> ShardEntry:
         """End the tar, write both indices, make all three durable and give them their names."""
-        offsets = [row.offset for row in self.rows] + [self.tar_bytes]
+        samples_end = self.tar_bytes
         end = self.tar_bytes + 2 * tarfile.BLOCKSIZE
         self._write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self.tar_bytes))
         self._file.close()
         _, idx, index = self._temporaries
-        idx.write_bytes(struct.pack(f"{len(offsets)}Q", *offsets))
-        write_index(index, self.rows)
+        write_both_indices(index, idx, self.rows, samples_end)
         entry = ShardEntry(
             name=self.name,
             samples=len(self.rows),

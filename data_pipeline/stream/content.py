@@ -60,7 +60,7 @@ class Piece(NamedTuple):
     weight: 1, or 0 for a filler.
     alone: set where the piece is a one-span segment.
     labels: those of its document that `data.labels` names; none in a filler.
-    source: number of its source in the plan.
+    source: number of its source in `data.sources`, in every segment of the plan.
     """
 
     tokens: npt.NDArray[np.int32]

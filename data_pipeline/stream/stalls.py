@@ -110,14 +110,13 @@ class StallMeter:
     worst: the stall of the rank that waited most when the ranks last compared theirs, None where none of them had one.
     """
 
-    worst: Stall | None = None
-
     def __init__(self, *, workers: int, remote: bool) -> None:
         self._workers = workers
         self._remote = remote
         self._loads: deque[tuple[StepLoad, float]] = deque(maxlen=STEPS_KEPT)
         self._seen = 0
         self._told = ""
+        self.worst: Stall | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> StallMeter:

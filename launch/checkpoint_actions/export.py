@@ -9,7 +9,7 @@ examples:
 fp32 is bit by bit what training keeps. Every byte is checked as it is read. Memory holds one file of
 --shard-gb at most. With --layout transformers the model is loaded whole and written to one file, with its
 config.json and tokenizer, for plain transformers to load. --tower writes one tower instead, in the layout of the CLIP,
-SigLIP or Whisper folder that it was imported from; the rest of that folder goes along unchanged.
+SigLIP or Whisper folder that it was imported from; the rest of that folder goes along, its tensors in --dtype too.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class StepFigures:
     """Medians of one ZeRO stage; times of a turn in seconds.
 
     spine_over_bare: ratio of the times within a turn; fsdp2_over_bare likewise, None below ZeRO 3. bytes_per_param: of
-        tensors before the update, on rank 0; formula_bytes_per_param: by `memory.state_bytes_per_parameter`, at ZeRO 1
-        and 2 with the gradients of `memory.straddling_bytes`.
+        tensors before the update, on rank 0; formula_bytes_per_param: by `engine.memory.state_bytes_per_parameter`, at
+        ZeRO 1 and 2 with the gradients of `engine.memory.straddling_bytes`.
     """
 
     stage: int
@@ -207,11 +207,12 @@ def _spine(
         run = Run(
             config=config, engine=engine, heartbeat=heartbeat, ledger=ledger, telemetry=telemetry, saver=saver, stop=()
         )
-        yield lambda: _all_done(run_steps(run, stream, until=engine.step + steps))
 
+        def turn() -> None:
+            finished = run_steps(run, stream, until=engine.step + steps)
+            assert finished, "nobody has asked the spine to stop"
 
-def _all_done(finished: bool) -> None:
-    assert finished, "nobody has asked the spine to stop"
+        yield turn
 
 
 def _bare(

@@ -25,7 +25,7 @@ from triweave.pretrain.errors import CheckpointError
 if TYPE_CHECKING:
     from triweave.pretrain.engine.zero import Engine
 
-FORMAT = 2
+FORMAT = 3
 RANK_LIMIT = 1 << 20
 
 

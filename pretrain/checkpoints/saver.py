@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from triweave.data_pipeline.storage.location import shown
-from triweave.pretrain.bench.checkpoint_peers import Peers
 from triweave.pretrain.checkpoints.blocks import block_digests
 from triweave.pretrain.checkpoints.config import CheckpointConfig
 from triweave.pretrain.checkpoints.fragments import Fragment
 from triweave.pretrain.checkpoints.manifest import FORMAT, seal
+from triweave.pretrain.checkpoints.peers import Peers
 from triweave.pretrain.checkpoints.retention import prune
 from triweave.pretrain.checkpoints.snapshot import Snapshot, rng_states
 from triweave.pretrain.checkpoints.stores import open_store

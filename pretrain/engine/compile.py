@@ -30,7 +30,8 @@ REGIONS = (Block, CrossBlock)
 def compile_blocks(model: nn.Module, *, zero_stage: int, device: torch.device) -> None:
     """Have every block of `model.decoder` compiled when it first runs; before DeepSpeed takes the model.
 
-    Programs are the same in every process of the same layout: shapes decide them, not the order in which shapes came.
+    The first shape that a process meets has a program of its own, a second one makes a program for any; so processes of
+    one layout have the same programs where their shapes come in the same order, or are all one.
     Raises PretrainError where there is no compiler for the device's code.
     """
     from deepspeed.utils import set_z3_leaf_module

@@ -151,7 +151,7 @@ def deepspeed_config(config: RunConfig, *, accumulation: int, parameters: int) -
         **given,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
         "gradient_accumulation_steps": accumulation,
-        # ZeRO 0 clips in this file: DeepSpeed's clip there does not report the norm
+        # ZeRO 0 clips in `update.JudgedUpdate`: DeepSpeed's clip there does not report the norm
         "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,
         "zero_optimization": {**(buckets if stage else {}), **_with_own_folder(zero, config.run_dir), "stage": stage},
         "bf16": {"enabled": precision == "bf16"},

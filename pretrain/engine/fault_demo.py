@@ -170,11 +170,14 @@ def train_plain_deepspeed(world: World, stage: int) -> tuple[dict[str, torch.Ten
 
 
 def train_triweave(
-    world: World, stage: Literal[0, 1, 2, 3], kind: type[MultimodalTransformer] = MultimodalTransformer
+    world: World, stage: Literal[0, 1, 2, 3], run_dir: str, kind: type[MultimodalTransformer] = MultimodalTransformer
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Return (weights, losses) of Triweave's engine. Raises ParticipationError where the model breaks the contract."""
+    """Return (weights, losses) of Triweave's engine. Raises ParticipationError where the model breaks the contract.
+
+    run_dir: where a rank that ends alone leaves its last words.
+    """
     config = RunConfig(
-        run_dir="unused",
+        run_dir=run_dir,
         data=DataConfig(sources=[SourceConfig(name="drawn", shards="none")], tokenizer="none"),
         model=MODEL,
         optimizer=OPTIMIZER,
@@ -197,8 +200,8 @@ def main(arguments: Sequence[str]) -> int:
     loop, out, *stages = (word for word in arguments if not word.startswith("--local_rank"))
     loops: dict[str, Callable[[World, Any], tuple[dict[str, torch.Tensor], list[float]]]] = {
         "plain": train_plain_deepspeed,
-        "triweave": train_triweave,
-        "broken": lambda world, stage: train_triweave(world, stage, NeverGuards),
+        "triweave": lambda world, stage: train_triweave(world, stage, out),
+        "broken": lambda world, stage: train_triweave(world, stage, out, NeverGuards),
     }
     world = open_world("cpu", torch_threads=1)
     code = 0

@@ -187,17 +187,17 @@ class TowerAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def _measured_step(self, closure: Any, norms: dict[str, npt.NDArray[np.float64]]) -> Any:
-        held = [
-            (group["tower"], parameter, parameter.detach().clone())
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        gradients = [float(parameter.grad.square().sum(dtype=torch.float64)) for _, parameter, _ in held]
-        answer = super().step(closure)
-        for (tower, parameter, before), gradient in zip(held, gradients, strict=True):
-            change = float((parameter.detach() - before).square().sum(dtype=torch.float64))
-            norms[tower] = norms.get(tower, np.zeros(2)) + np.array([gradient, change])
+        """Update one tensor after the other, so that no more than one is held to see how far it moves."""
+        answer = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient, before = parameter.grad.square().sum(dtype=torch.float64), parameter.detach().clone()
+                self.param_groups = [{**group, "params": [parameter]}]
+                answer = super().step(closure)
+                change = (parameter.detach() - before).square().sum(dtype=torch.float64)
+                norms[group["tower"]] = norms.get(group["tower"], np.zeros(2)) + np.array([gradient, change], float)
         return answer
 
     def fill_state(self) -> None:

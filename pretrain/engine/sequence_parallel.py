@@ -83,12 +83,11 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> tuple[HeadShare, ...]:
 class SequenceGroup:
     """This rank among the N that hold slices of the same packs: ranks N k to N k + N - 1.
 
-    place: which slice is this rank's. number: k, of the group among all groups. group: the process group.
+    place: which slice is this rank's. group: the process group.
     """
 
     size: int
     place: int
-    number: int
     group: Any
 
     @classmethod
@@ -99,7 +98,7 @@ class SequenceGroup:
             for first in range(0, world.size, size)
         ]
         number, place = divmod(world.rank, size)
-        return cls(size=size, place=place, number=number, group=groups[number])
+        return cls(size=size, place=place, group=groups[number])
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [B, S, H_p, K], k and v [B, S, G_p, K] of this rank's heads; S = `positions`. Collective.

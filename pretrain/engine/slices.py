@@ -90,7 +90,7 @@ class Slicer:
         part = read
         if ARRANGED in batch.extra:
             part = _supervised(_positions(batch, *self._run(batch.tokens.shape[1])), whole, first, end)
-        extra = batch.extra | self._tables(batch, read, payloads, cross=cross)
+        extra = batch.extra | self._tables(batch, whole, read, payloads, cross=cross)
         return replace(part, payloads=payloads, segments=Segments.none(), extra=extra)
 
     def _run(self, length: int) -> tuple[int, int]:
@@ -100,12 +100,12 @@ class Slicer:
         return first, first + lengths[self.place]
 
     def _tables(
-        self, batch: PackedBatch, read: PackedBatch, payloads: dict[str, Payload], *, cross: bool
+        self, batch: PackedBatch, whole: PackedBatch, read: PackedBatch, payloads: dict[str, Payload], *, cross: bool
     ) -> dict[str, Any]:
         """Return the entries of `PackedBatch.extra` that are others for the slice than for the whole."""
         extra: dict[str, Any] = {}
-        if read.kv_lo.shape != as_read(batch).kv_lo.shape:
-            extra[ATTENTION_TILES] = self.tables.of(read.kv_lo, read.kv_hi, np.zeros(read.kv_lo.shape, np.int8))
+        if whole is not as_read(batch):  # the loader's tables are of the rows before they were widened
+            extra[ATTENTION_TILES] = self.tables.of(whole.kv_lo, whole.kv_hi, whole.modality_ids)
         arranged: Arranged | None = batch.extra.get(ARRANGED)
         if arranged is not None:
             kept = arranged.batch.payloads if cross else {n: _without_values(own) for n, own in payloads.items()}

@@ -333,8 +333,7 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             found = self._forward(batch, window, index, step=self.step + 1, only=tasks.only, factors=tasks.factors)
             self._deepspeed.backward(self._minimised(found, tasks, contrastive, index), scale_wrt_gas=False)
-            by_slot = _padded(found.by_slot, slots)
-            mine = [found.total.detach().view(1), _probe(found), by_slot, tasks.sums(found)]
+            mine = [found.total.detach().view(1), _probe(found), found.by_slot, tasks.sums(found)]
             sums += torch.cat(mine).double()
             accurate |= set(found.hits)
             if index < self.accumulation - 1:
@@ -389,11 +388,6 @@ def _pooled(found: LossSums) -> tuple[torch.Tensor, torch.Tensor]:
     assert found.embeddings is not None
     assert found.calibration is not None
     return found.embeddings.detach(), found.calibration.detach()
-
-
-def _padded(by_slot: torch.Tensor, slots: int) -> torch.Tensor:
-    """Return [slots]; a pass without a language model has zeros of one source only."""
-    return by_slot if len(by_slot) == slots else by_slot.new_zeros(slots)
 
 
 def _probe(found: LossSums) -> torch.Tensor:

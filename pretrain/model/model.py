@@ -92,7 +92,7 @@ class MultimodalTransformer(nn.Module):
             if only is None or name in only or torch.is_grad_enabled()
         }
         totals = {name: head.total for name, head in sums.items()}
-        return combine(sums, *self.joint_loss(totals, factors or self.config.objectives))
+        return combine(sums, *self.joint_loss(totals, factors or self.config.objectives), sources=batch.sources)
 
     def hidden(self, batch: DeviceBatch, guards: Set[str] = frozenset(), cache: KeyValueCache | None = None) -> Tensor:
         """Return the final hidden states [B, S, D]; raises PretrainError for a payload without a tower.

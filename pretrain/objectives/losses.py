@@ -20,7 +20,7 @@ class LossSums(NamedTuple):
 
     total: scalar with gradient, the heads' sums joined by `objectives.joint_loss` with the factors asked for.
     by_slot: [sources * MODALITY_SLOTS] detached, weighted cross-entropy by the slot of the target (`loss_slots`), nats;
-        [MODALITY_SLOTS] zeros where no head has figures of it.
+        zeros where no head has figures of it.
     lse: [N] detached, log-partition of each supervised position.
     heads: head name -> detached scalar sum before its factor; 0 for the contrastive head, whose loss is one of the
         whole step (`contrastive_window`).
@@ -60,14 +60,14 @@ class HeadSums(NamedTuple):
         return cls(total=total, by_slot=nothing, lse=nothing, hits=hits)
 
 
-def combine(sums: Mapping[str, HeadSums], total: Tensor, log_variances: Tensor | None) -> LossSums:
+def combine(sums: Mapping[str, HeadSums], total: Tensor, log_variances: Tensor | None, *, sources: int) -> LossSums:
     """Return the heads' sums with what they are joined to; figures by slot come from the first head with some."""
     heads = list(sums.values())
     reported = next((head for head in heads if head.by_slot.numel()), None)
     pooled = next((head for head in heads if head.embeddings is not None), heads[0])
     return LossSums(
         total=total,
-        by_slot=total.detach().new_zeros(MODALITY_SLOTS) if reported is None else reported.by_slot.detach(),
+        by_slot=total.detach().new_zeros(sources * MODALITY_SLOTS) if reported is None else reported.by_slot.detach(),
         lse=total.detach().new_empty(0) if reported is None else reported.lse.detach(),
         heads={name: head.total.detach() for name, head in sums.items()},
         hits={name: head.hits for name, head in sums.items() if head.hits is not None},

@@ -27,6 +27,8 @@ WHISPER_RATE_HZ = 16_000
 WHISPER_HOP_MS = 10
 WHISPER_HOP = WHISPER_RATE_HZ * WHISPER_HOP_MS // 1000
 """Samples from one log-mel frame of Whisper to the next."""
+WHISPER_TRANSFORM = 400
+"""Samples of one window of Whisper's Fourier transform."""
 WHISPER_STRIDE = 2
 """Log-mel frames of one position of Whisper."""
 

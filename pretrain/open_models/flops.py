@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from triweave.pretrain.encoders.flops import TowerFlops
 from triweave.pretrain.model.config import ModelConfig
-from triweave.pretrain.open_models.config import WHISPER_STRIDE, OpenEncoderConfig
+from triweave.pretrain.open_models.config import WHISPER_STRIDE, WHISPER_TRANSFORM, OpenEncoderConfig
 
-MEL_FREQUENCIES = 201
+MEL_FREQUENCIES = WHISPER_TRANSFORM // 2 + 1
 """Frequencies that a mel band of Whisper adds up."""
 
 

@@ -11,10 +11,14 @@ import re
 import torch
 from torch import Tensor
 
+from triweave.pretrain.engine.optimizer import TOWER_PREFIX
 from triweave.pretrain.model.config import ModelConfig
 from triweave.pretrain.open_models.config import COLOURS, OpenEncoderConfig
 from triweave.pretrain.open_models.mapping import Entry, Form
 
+IMAGE_TOWER = f"{TOWER_PREFIX}image."
+AUDIO_TOWER = f"{TOWER_PREFIX}audio."
+"""Start of the names of our parameters."""
 LLAVA_DECODER = "language_model."
 LLAVA_VISION = "vision_tower."
 LLAVA_PROJECTOR = "multi_modal_projector."
@@ -101,9 +105,9 @@ def tower_entries(settings: OpenEncoderConfig) -> list[Entry]:
     return whisper_entries(settings) if settings.kind == "whisper" else clip_entries(settings)
 
 
-def whisper_entries(settings: OpenEncoderConfig, *, tower: str = "towers.audio.") -> list[Entry]:
+def whisper_entries(settings: OpenEncoderConfig) -> list[Entry]:
     """Return the table of Whisper's encoder."""
-    ours, theirs = f"{tower}encoder.", WHISPER_ENCODER
+    ours, theirs = f"{AUDIO_TOWER}encoder.", WHISPER_ENCODER
     entries = [*_both(f"{ours}conv1", f"{theirs}conv1"), *_both(f"{ours}conv2", f"{theirs}conv2")]
     for number in range(settings.layers):
         block, layer = f"{ours}blocks.{number}.", f"{theirs}layers.{number}."
@@ -116,9 +120,9 @@ def whisper_entries(settings: OpenEncoderConfig, *, tower: str = "towers.audio."
     return entries + _both(f"{ours}final_norm", f"{theirs}layer_norm")
 
 
-def clip_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -> list[Entry]:
+def clip_entries(settings: OpenEncoderConfig) -> list[Entry]:
     """Return the table of the vision tower of CLIP or SigLIP."""
-    ours, theirs = f"{tower}encoder.", LLAVA_VISION
+    ours, theirs = f"{IMAGE_TOWER}encoder.", LLAVA_VISION
     entries = [
         Entry(ours=f"{ours}embed.weight", theirs=(f"{theirs}embeddings.patch_embedding.weight",), form=_patches()),
         Entry(ours=f"{ours}positions", theirs=(f"{theirs}embeddings.position_embedding.weight",)),
@@ -140,18 +144,18 @@ def clip_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -
     return entries
 
 
-def projector_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -> list[Entry]:
+def projector_entries(settings: OpenEncoderConfig) -> list[Entry]:
     """Return the table of LLaVA's projector."""
     return [
         entry
         for own, other in (("up", "linear_1"), ("down", "linear_2"))
-        for entry in _both(f"{tower}{own}", f"{LLAVA_PROJECTOR}{other}", bias=settings.projector_bias)
+        for entry in _both(f"{IMAGE_TOWER}{own}", f"{LLAVA_PROJECTOR}{other}", bias=settings.projector_bias)
     ]
 
 
-def qwen_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -> list[Entry]:
+def qwen_entries(settings: OpenEncoderConfig) -> list[Entry]:
     """Return the table of Qwen2.5-VL's vision tower and merger."""
-    ours, theirs = f"{tower}encoder.", QWEN_VISION
+    ours, theirs = f"{IMAGE_TOWER}encoder.", QWEN_VISION
     form = _patches(settings.frames)
     entries = [Entry(ours=f"{ours}embed.weight", theirs=(f"{theirs}patch_embed.proj.weight",), form=form)]
     for number in range(settings.layers):
@@ -164,9 +168,9 @@ def qwen_entries(settings: OpenEncoderConfig, *, tower: str = "towers.image.") -
             entries += _both(f"{block}{own}", f"{layer}{other}")
         entries.append(Entry(ours=f"{block}attention_norm.weight", theirs=(f"{layer}norm1.weight",)))
         entries.append(Entry(ours=f"{block}feed_forward_norm.weight", theirs=(f"{layer}norm2.weight",)))
-    entries.append(Entry(ours=f"{tower}merger_norm.weight", theirs=(f"{theirs}merger.ln_q.weight",)))
+    entries.append(Entry(ours=f"{IMAGE_TOWER}merger_norm.weight", theirs=(f"{theirs}merger.ln_q.weight",)))
     for own, other in (("up", "mlp.0"), ("down", "mlp.2")):
-        entries += _both(f"{tower}{own}", f"{theirs}merger.{other}")
+        entries += _both(f"{IMAGE_TOWER}{own}", f"{theirs}merger.{other}")
     return entries
 
 

@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triweave.pretrain.open_models.config import WHISPER_HOP, WHISPER_RATE_HZ
+from triweave.pretrain.open_models.config import WHISPER_HOP, WHISPER_RATE_HZ, WHISPER_TRANSFORM
 
-TRANSFORM = 400
-"""Samples of one window."""
 POWER_FLOOR = 1e-10
 RANGE = 8.0
 """Decades below the loudest band that are kept."""
@@ -33,8 +31,8 @@ LOG_STEP = math.log(6.4) / 27.0
 @torch.no_grad()
 def whisper_log_mel(samples: Tensor, bins: int) -> Tensor:
     """Return fp32 [U, bins, F] of U signals, fp32 [U, 160 F], full scale 1; equal ones give equal ones."""
-    window = torch.hann_window(TRANSFORM, device=samples.device)
-    spectrum = torch.stft(samples, TRANSFORM, WHISPER_HOP, window=window, return_complex=True)[..., :-1]
+    window = torch.hann_window(WHISPER_TRANSFORM, device=samples.device)
+    spectrum = torch.stft(samples, WHISPER_TRANSFORM, WHISPER_HOP, window=window, return_complex=True)[..., :-1]
     power = spectrum.real.square() + spectrum.imag.square()
     energies = _filters(bins, samples.device) @ power
     decades = energies.clamp(min=POWER_FLOOR).log10()
@@ -50,7 +48,7 @@ def _filters(bins: int, device: torch.device) -> Tensor:
     bend = LINEAR_HZ / STEP_HZ
     edges = np.where(steps < bend, STEP_HZ * steps, LINEAR_HZ * np.exp(LOG_STEP * (steps - bend)))
     left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    frequencies = np.linspace(0.0, WHISPER_RATE_HZ / 2, TRANSFORM // 2 + 1)
+    frequencies = np.linspace(0.0, WHISPER_RATE_HZ / 2, WHISPER_TRANSFORM // 2 + 1)
     triangles = np.minimum((frequencies - left) / (centre - left), (right - frequencies) / (right - centre))
     weights = np.maximum(0.0, triangles) * 2.0 / (right - left)
     return torch.from_numpy(weights.astype(np.float32)).to(device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from siblings import load_path
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +24,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def interpreter_module() -> ModuleType:
     """The module tests/kernels/interpreter.py."""
-    path = Path(__file__).with_name("interpreter.py")
-    specification = importlib.util.spec_from_file_location("triweave_test_interpreter", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_path(Path(__file__).with_name("interpreter.py"))
 
 
 @pytest.fixture(scope="module")

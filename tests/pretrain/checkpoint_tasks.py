@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from siblings import load_sibling
 
 from triweave.data_pipeline.storage.client import ObjectClient
 from triweave.pretrain.checkpoints.checkpoint import (
@@ -34,19 +31,8 @@ from triweave.pretrain.errors import PretrainError
 from triweave.pretrain.train import train
 
 
-def _engine_tasks() -> ModuleType:
-    key = "triweave_test_engine_tasks"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name("engine_tasks.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 def _train(engine: Engine, world: Any, case: str, steps: range) -> list[float]:
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     return [
         engine.train_window(
             [tasks.micro_batch(case, step, world.rank, micro) for micro in range(engine.accumulation)]
@@ -56,7 +42,7 @@ def _train(engine: Engine, world: Any, case: str, steps: range) -> list[float]:
 
 
 def _engine(world: Any, stage: int, precision: str = "fp32") -> Engine:
-    tasks = _engine_tasks()
+    tasks = load_sibling("engine_tasks")
     return Engine(tasks.build_model(), tasks.config(stage, precision=precision), world, accumulation=1)
 
 
@@ -68,10 +54,10 @@ def save_after(
     engine = _engine(world, stage, precision)
     _train(engine, world, case, range(steps))
     save_checkpoint(run_dir, engine, CheckpointConfig(keep=keep), state={"stream": "here"}, config_yaml="seed: 0\n")
-    saved = _engine_tasks().snapshot(engine)
+    saved = load_sibling("engine_tasks").snapshot(engine)
     rng = torch.rand(3).tolist()
     losses = _train(engine, world, case, range(steps, steps + more))
-    last = _engine_tasks().snapshot(engine)
+    last = load_sibling("engine_tasks").snapshot(engine)
     engine.close()
     return {"saved": saved, "rng": rng, "losses": losses, "last": last}
 
@@ -87,10 +73,10 @@ def load_and_go_on(
     checkpoint = newest_whole_checkpoint(run_dir, world, tell=told.append)
     assert checkpoint is not None
     checkpoint.load_into(engine)
-    saved = _engine_tasks().snapshot(engine)
+    saved = load_sibling("engine_tasks").snapshot(engine)
     rng = torch.rand(3).tolist()
     losses = _train(engine, world, case, range(engine.step, engine.step + more))
-    last = _engine_tasks().snapshot(engine)
+    last = load_sibling("engine_tasks").snapshot(engine)
     engine.close()
     return {"saved": saved, "rng": rng, "losses": losses, "last": last, "told": told, "state": checkpoint.state}
 
@@ -132,7 +118,7 @@ def save_in_the_background(
     os.environ.update(environment or {})
     engine = _engine(world, stage, precision)
     _train(engine, world, "all", range(2))
-    snapshot = _engine_tasks().snapshot
+    snapshot = load_sibling("engine_tasks").snapshot
     real = Snapshot.copy
 
     def slow(self: Snapshot, *arguments: Any) -> None:

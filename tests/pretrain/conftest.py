@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from siblings import load_sibling
 from spine_runs import write_run_config
 
 HERE = Path(__file__).parent
@@ -18,14 +17,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def synthetic() -> ModuleType:
     """The module tests/pretrain/synthetic.py, loaded by path as rank processes do."""
-    path = Path(__file__).with_name("synthetic.py")
-    specification = importlib.util.spec_from_file_location("triweave_test_synthetic", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up here
-    specification.loader.exec_module(module)
-    return module
+    return load_sibling("synthetic")
 
 
 @pytest.fixture

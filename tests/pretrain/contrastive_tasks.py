@@ -5,16 +5,13 @@ A step is always the same 12 plan rows in two groups of 6, whatever the ranks an
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from siblings import load_sibling
 from torch.nn import functional
 
 from triweave.data_pipeline.batch import PackedBatch
@@ -32,18 +29,6 @@ STEPS = 3
 WEIGHT = 0.7
 EMPTY_STEP = 1
 """Step (0-based) of the case `few` in which nobody holds segments."""
-
-
-def load_sibling(name: str) -> ModuleType:
-    """Import a module of this folder by its path, as the rank processes do."""
-    key = f"triweave_test_{name}"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
 
 
 def _kinds(case: str, step: int, row: int) -> tuple[list[str], list[list[str]]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from siblings import load_path
 
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.media.geometry import MediaGeometry
@@ -39,12 +40,7 @@ def engine(encoder: str) -> ModuleType:
     """Return the module engine_tasks with the model of an encoder."""
     name = f"triweave_test_engine_tasks_{encoder}"
     if name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name("engine_tasks.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[name] = module
-        specification.loader.exec_module(module)
+        module = load_path(Path(__file__).with_name("engine_tasks.py"), name)
         image, audio = (EncoderConfig(**options) for options in ENCODERS[encoder])
         geometry = MediaGeometry(image_patch_px=4, audio_mel_bins=3, audio_frames_per_token=4)
         module.DataConfig = functools.partial(DataConfig, geometry=geometry)  # type: ignore[attr-defined]

@@ -5,13 +5,11 @@ Steps and documents are those of objective_tasks: ranks hold pictures or sounds,
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from siblings import load_sibling
 
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.pretrain.batch import OBJECTIVE_ROWS, to_device
@@ -24,19 +22,6 @@ OBJECTIVES = {"language_model": 1.0, "classification": 0.7, "regression": 0.4}
 STEPS = 3
 
 
-def objective_tasks() -> Any:
-    """Return the module objective_tasks, loaded by its path as the rank processes do."""
-    key = "triweave_test_objective_tasks"
-    if key not in sys.modules:
-        path = Path(__file__).with_name("objective_tasks.py")
-        specification = importlib.util.spec_from_file_location(key, path)
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 def model_config(operator: str) -> Any:
     """Return the engine tests' model with a classification over items by this operator, and a regression beside it.
 
@@ -44,7 +29,9 @@ def model_config(operator: str) -> Any:
     """
     operator, _, text = operator.partition("/")
     late = LateConfig(operator=operator, width=4, rank=2, text_encoder=text or "trunk", text_width=16, text_heads=2)
-    made = objective_tasks().model_config({"language_model": 1.0, "classification": OBJECTIVES["classification"]})
+    made = load_sibling("objective_tasks").model_config(
+        {"language_model": 1.0, "classification": OBJECTIVES["classification"]}
+    )
     return replace(
         made,
         objectives=OBJECTIVES,
@@ -57,7 +44,7 @@ def train_case(
     world: Any, *, operator: str, zero_stage: int, accumulation: int, from_step: int = 1
 ) -> dict[str, list[Any]]:
     """Train a few steps, the classification from a step on; return objectives, norms and a snapshot per step."""
-    tasks, model = objective_tasks(), model_config(operator)
+    tasks, model = load_sibling("objective_tasks"), model_config(operator)
     schedule = TasksConfig(schedule="curriculum", from_step={"classification": from_step})
     config = tasks.config(model, zero_stage, tasks=schedule if from_step > 1 else TasksConfig())
     engine = Engine(tasks.build_model(model), config, world, accumulation=accumulation)
@@ -68,15 +55,15 @@ def train_case(
         )
         answer["objectives"].append(result.objective)
         answer["norms"].append(result.grad_norm)
-        answer["snapshots"].append(tasks.load_sibling("engine_tasks").snapshot(engine))
+        answer["snapshots"].append(load_sibling("engine_tasks").snapshot(engine))
     engine.close()
     return answer
 
 
 def reference_case(*, operator: str, ranks: int, accumulation: int) -> dict[str, list[Any]]:
     """Train one plain torch process over the same rows; the order of the sums is that of engine_tasks."""
-    tasks, settings = objective_tasks(), model_config(operator)
-    engine_tasks = tasks.load_sibling("engine_tasks")
+    tasks, settings = load_sibling("objective_tasks"), model_config(operator)
+    engine_tasks = load_sibling("engine_tasks")
     model, options = tasks.build_model(settings), tasks.config(settings, 0).optimizer
     decay = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from siblings import load_sibling
 
 from triweave.data_pipeline.stream.prompt import prompt_batch
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 from triweave.pretrain import train as spine
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.config import load_config
-
-
-def _engine_tasks() -> ModuleType:
-    specification = importlib.util.spec_from_file_location(
-        "triweave_test_engine_tasks", Path(__file__).with_name("engine_tasks.py")
-    )
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def train_and_keep(world: Any, *, config: str, overrides: Sequence[str], text: str) -> dict[str, Any]:  # noqa: ARG001
@@ -39,7 +26,7 @@ def train_and_keep(world: Any, *, config: str, overrides: Sequence[str], text: s
         spine.train(settings)
     finally:
         spine.build_engine = real
-    kept: dict[str, Any] = {"snapshot": _engine_tasks().snapshot(engines[0]), "logits": None}
+    kept: dict[str, Any] = {"snapshot": load_sibling("engine_tasks").snapshot(engines[0]), "logits": None}
     if settings.train.zero_stage < 3 and settings.train.precision == "fp32":
         batch = prompt_batch(
             [[text]], tokenizer=Tokenizer.load(settings.data.tokenizer), geometry=settings.data.geometry

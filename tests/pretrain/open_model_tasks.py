@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from siblings import load_sibling
 
 from triweave.pretrain.engine.optimizer import GroupConfig
 from triweave.pretrain.engine.zero import Engine
 
 
-def _sibling(name: str) -> ModuleType:
-    key = f"triweave_test_{name}"
-    if key not in sys.modules:
-        specification = importlib.util.spec_from_file_location(key, Path(__file__).with_name(f"{name}.py"))
-        assert specification is not None
-        assert specification.loader is not None
-        sys.modules[key] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 def groups_config(zero_stage: int, groups: dict[str, GroupConfig]) -> Any:
     """Return the engine tests' config with `optimizer.groups`."""
-    config = _sibling("engine_tasks").config(zero_stage)
+    config = load_sibling("engine_tasks").config(zero_stage)
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=groups))
 
 
@@ -37,7 +23,7 @@ def train_groups(
     world: Any, *, zero_stage: int, accumulation: int, groups: dict[str, GroupConfig], case: str, steps: int
 ) -> dict[str, Any]:
     """Train a few steps with groups; return losses and a snapshot at the end."""
-    tasks = _sibling("engine_tasks")
+    tasks = load_sibling("engine_tasks")
     torch.manual_seed(0)
     engine = Engine(tasks.build_model(), groups_config(zero_stage, groups), world, accumulation=accumulation)
     losses = []
@@ -53,7 +39,7 @@ def reference_groups(
     *, ranks: int, accumulation: int, groups: dict[str, GroupConfig], case: str, steps: int
 ) -> dict[str, Any]:
     """Train one plain torch process on the same windows, each parameter with its own rate and decay or not at all."""
-    tasks = _sibling("engine_tasks")
+    tasks = load_sibling("engine_tasks")
     model, settings = tasks.build_model(), groups_config(0, groups).optimizer
     trained = []
     for name, parameter in model.named_parameters():

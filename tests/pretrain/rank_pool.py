@@ -26,8 +26,9 @@ import time
 import traceback
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from siblings import load_path as load
 
 TASK_TIMEOUT_S = 240
 PRELOADED = ["triweave.pretrain.train", "deepspeed", "torch._inductor.compile_fx", "torch.utils.tensorboard"]
@@ -135,23 +136,6 @@ def close_all() -> None:
         started.close()
     for nursery in _NURSERIES:
         nursery.close()
-
-
-def load(path: str | Path) -> ModuleType:
-    """Import a module by its path, once per process."""
-    name = f"triweave_test_{Path(path).stem}"
-    if name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(name, path)
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[name] = module
-        try:
-            specification.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def work(address: str, authkey: str) -> None:

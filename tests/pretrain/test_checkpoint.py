@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     folder.mkdir(parents=True)
     manifest = {"format": 99, "step": 1}
     (folder / "manifest.json").write_text(json.dumps({**manifest, "xxh3": _digest(manifest)}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 2"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 3"):
         read_checkpoint(folder)
 
 

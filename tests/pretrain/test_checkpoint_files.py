@@ -76,7 +76,7 @@ def write(store: Store, step: int, ranks: int = 2, token: str = TOKEN) -> dict[s
             name = store.write(step, token, f"rank-{rank:05d}-{number:03d}.safetensors", data, size)
             files[name] = {**note, "rank": rank, "blocks": block_digests(data[:size])}
     parameters = {name: {"shape": list(shape), "steps": 1.0} for name, shape in SHAPES.items()}
-    return {"format": 2, "step": step, "world_size": ranks, "parameters": parameters, "files": files,
+    return {"format": 3, "step": step, "world_size": ranks, "parameters": parameters, "files": files,
             "state": {}, "config": "seed: 0\n"}  # fmt: skip
 
 

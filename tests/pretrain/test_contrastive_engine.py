@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from siblings import load_sibling
 
 TASKS = Path(__file__).with_name("contrastive_tasks.py")
 THIS = Path(__file__)
@@ -60,7 +61,7 @@ def trained(rank_pool):
 
 
 def assemble(tasks: Any, snapshots: list[dict[str, Any]]) -> Any:
-    return tasks.load_sibling("engine_tasks").assemble(snapshots, model=tasks.build_model("sigmoid"))
+    return load_sibling("engine_tasks").assemble(snapshots, model=tasks.build_model("sigmoid"))
 
 
 def close(found: Any, wanted: Any) -> None:
@@ -123,7 +124,7 @@ def test_every_parameter_of_the_head_learns(tasks, trained):
 
 def learn(world, *, loss: str) -> list[Any]:
     """Run inside one rank: 54 steps on one step's rows."""
-    tasks = _tasks()
+    tasks = load_sibling("contrastive_tasks")
     from triweave.pretrain.engine.zero import Engine
 
     engine = Engine(tasks.build_model(loss), tasks.config(1, loss, lr=3e-2), world, accumulation=2)
@@ -142,7 +143,7 @@ def test_partners_find_each_other_after_some_steps(rank_pool, loss, accuracy):
 
 def bf16_case(world, *, stage: int) -> list[Any]:
     """Run inside ranks: mixed precision over the case `all`."""
-    tasks = _tasks()
+    tasks = load_sibling("contrastive_tasks")
     return tasks.train_case(
         world, case="all", loss="sigmoid", zero_stage=stage, accumulation=2, precision="bf16"
     )["figures"]  # fmt: skip
@@ -158,7 +159,7 @@ def test_bf16_is_near_fp32(rank_pool, reference, stage):
 
 def poisoned(world, *, accumulation: int) -> tuple[int, str]:
     """Run inside ranks: rank 1's third step has a segment that is not finite; no token of it is supervised."""
-    tasks = _tasks()
+    tasks = load_sibling("contrastive_tasks")
     from triweave.pretrain.engine.zero import Engine
 
     engine = Engine(tasks.build_model("sigmoid"), tasks.config(2, "sigmoid"), world, accumulation=accumulation)
@@ -192,7 +193,7 @@ def cut_and_resume(world, *, run_dir: str, stage: int) -> Any:
     from triweave.pretrain.checkpoints.checkpoint import CheckpointConfig, newest_whole_checkpoint, save_checkpoint
     from triweave.pretrain.engine.zero import Engine
 
-    tasks = _tasks()
+    tasks = load_sibling("contrastive_tasks")
     answers = []
     for resumed in (False, True):
         engine = Engine(tasks.build_model("sigmoid"), tasks.config(stage, "sigmoid"), world, accumulation=2)
@@ -206,7 +207,7 @@ def cut_and_resume(world, *, run_dir: str, stage: int) -> Any:
                 save_checkpoint(run_dir, engine, CheckpointConfig(), state={}, config_yaml="seed: 0\n")
             window = tasks.window("all", step, rank=world.rank, ranks=world.size, accumulation=2)
             figures.append(engine.train_window(window).contrastive)
-        answers.append((figures[-2:], tasks.load_sibling("engine_tasks").snapshot(engine)))
+        answers.append((figures[-2:], load_sibling("engine_tasks").snapshot(engine)))
         engine.close()
     return answers
 
@@ -217,11 +218,3 @@ def test_a_resume_is_bit_identical(rank_pool, tmp_path, stage):
         assert straight[0] == resumed[0]
         for key, values in straight[1]["pieces"].items():
             assert values.tobytes() == resumed[1]["pieces"][key].tobytes(), key
-
-
-def _tasks():
-    import sys
-
-    return sys.modules["triweave_test_rank_pool" if "triweave_test_rank_pool" in sys.modules else "__main__"].load(
-        TASKS
-    )

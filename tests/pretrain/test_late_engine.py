@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from siblings import load_sibling
 from torch.nn import functional
 
 from triweave.pretrain.batch import OBJECTIVE_ROWS, to_device
@@ -39,7 +40,7 @@ def tasks(rank_pool):
 
 @pytest.fixture(scope="session")
 def batch(tasks):
-    (only,) = tasks.objective_tasks().window(tasks.model_config("vote"), 0, rank=0, ranks=1, accumulation=1)
+    (only,) = load_sibling("objective_tasks").window(tasks.model_config("vote"), 0, rank=0, ranks=1, accumulation=1)
     return only
 
 
@@ -59,7 +60,7 @@ def test_items_with_the_label_have_one_row_each_and_name_their_parts(batch):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_class_is_read_from_the_fused_parts(tasks, batch, operator):
-    model = tasks.objective_tasks().build_model(tasks.model_config(operator))
+    model = load_sibling("objective_tasks").build_model(tasks.model_config(operator))
     device, head = to_device(batch, "cpu"), model.heads["classification"]
     hidden = model.hidden(device)
     rows = batch.extra[OBJECTIVE_ROWS]["classification"]
@@ -75,8 +76,8 @@ def test_the_class_is_read_from_the_fused_parts(tasks, batch, operator):
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm", "gru"])
 def test_a_text_encoder_takes_the_place_of_the_trunk_for_texts_that_stand_alone(tasks, batch, kind):
-    plain = tasks.objective_tasks().build_model(tasks.model_config("vote"))
-    model = tasks.objective_tasks().build_model(tasks.model_config(f"vote/{kind}"))
+    plain = load_sibling("objective_tasks").build_model(tasks.model_config("vote"))
+    model = load_sibling("objective_tasks").build_model(tasks.model_config(f"vote/{kind}"))
     device = to_device(batch, "cpu")
     before, after = plain.hidden(device), model.hidden(device)
     text = torch.zeros(before.shape[:2], dtype=torch.bool)
@@ -105,7 +106,7 @@ def test_a_text_encoder_that_cannot_be_is_refused_in_the_config():
 
 @pytest.mark.parametrize("operator", ["hybrid", "lmf"])
 def test_an_idle_head_gives_every_parameter_a_gradient_of_exactly_zero(tasks, batch, operator):
-    head = tasks.objective_tasks().build_model(tasks.model_config(operator)).heads["classification"]
+    head = load_sibling("objective_tasks").build_model(tasks.model_config(operator)).heads["classification"]
     device = to_device(batch, "cpu")
     hidden = torch.randn(*batch.tokens.shape, 32)
     found = head(hidden, device, idle=True).total
@@ -153,12 +154,10 @@ def test_engine_equals_plain_torch(rank_pool, tasks, operator, stage, ranks, acc
     for answer in answers:
         np.testing.assert_allclose(answer["objectives"], expected["objectives"], rtol=TOLERANCE, atol=TOLERANCE)
         np.testing.assert_allclose(answer["norms"], expected["norms"], rtol=TOLERANCE, atol=TOLERANCE)
-    made = tasks.objective_tasks()
+    made = load_sibling("objective_tasks")
     model = made.build_model(tasks.model_config(operator))
     for step, state in enumerate(expected["states"]):
-        whole, _ = made.load_sibling("engine_tasks").assemble(
-            [answer["snapshots"][step] for answer in answers], model=model
-        )
+        whole, _ = load_sibling("engine_tasks").assemble([answer["snapshots"][step] for answer in answers], model=model)
         for kind, parameters in state["whole"].items():
             for name, wanted in parameters.items():
                 scale = max(1.0, np.abs(wanted).max()) if kind == "weight" else np.abs(wanted).max()

@@ -27,6 +27,7 @@ from triweave.pretrain.objectives.config import (
     RegressionConfig,
     TasksConfig,
 )
+from triweave.pretrain.objectives.losses import MODALITY_SLOTS, HeadSums, combine
 from triweave.pretrain.objectives.rows import ObjectiveStage, objective_rows, objective_weight
 
 
@@ -347,3 +348,8 @@ def test_a_run_refuses_objectives_that_its_data_cannot_serve(tasks):
         replace(config, data=alone)
     with pytest.raises(PretrainError, match=r"model\.classification\.label is empty"):
         replace(config.model, classification=ClassificationConfig(classes=tasks.CLASSES))
+
+
+def test_a_pass_without_a_language_model_has_zeros_of_every_source():
+    sums = combine({"regression": HeadSums.of(torch.ones(()))}, torch.ones(()), None, sources=3)
+    assert sums.by_slot.tolist() == [0.0] * 3 * MODALITY_SLOTS

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from siblings import load_sibling
 
 from triweave.pretrain.engine.optimizer import GroupConfig, OptimizerConfig, freeze, group_parameters
 from triweave.pretrain.errors import PretrainError
@@ -35,9 +36,9 @@ def test_the_longest_beginning_counts():
     assert config.group_of("towers.audio.project.weight") == ""
 
 
-def test_each_group_has_its_rate_and_frozen_parameters_are_in_none(tasks):
+def test_each_group_has_its_rate_and_frozen_parameters_are_in_none():
     config = OptimizerConfig(lr=1e-3, weight_decay=0.1, groups=SLOW_TOWER)
-    trained = tasks._sibling("engine_tasks").build_model()
+    trained = load_sibling("engine_tasks").build_model()
     freeze(trained, config)
     found = {group["name"]: group for group in group_parameters(trained.named_parameters(), config)}
     assert found["image[towers.image].decay"]["peak_lr"] == 1e-4
@@ -54,9 +55,9 @@ def test_each_group_has_its_rate_and_frozen_parameters_are_in_none(tasks):
         ({"trunk": GroupConfig(frozen=True), "towers": GroupConfig(frozen=True)}, r"freezes every parameter"),
     ],
 )
-def test_what_cannot_work_is_refused(tasks, groups, message):
+def test_what_cannot_work_is_refused(groups, message):
     with pytest.raises(PretrainError, match=message):
-        freeze(tasks._sibling("engine_tasks").build_model(), OptimizerConfig(groups=groups))
+        freeze(load_sibling("engine_tasks").build_model(), OptimizerConfig(groups=groups))
 
 
 def test_bad_numbers_are_refused():
@@ -77,7 +78,7 @@ def test_it_trains_as_plain_torch_does(rank_pool, tasks, case, zero_stage, ranks
     expected = tasks.reference_groups(ranks=ranks, **options)
     answers = rank_pool.pool(ranks).run(TASKS, "train_groups", zero_stage=zero_stage, **options)
     np.testing.assert_allclose(answers[0]["losses"], expected["losses"], rtol=1e-6, atol=1e-6)
-    first = tasks._sibling("engine_tasks").build_model()
+    first = load_sibling("engine_tasks").build_model()
     begun = {name: parameter.detach().flatten().numpy() for name, parameter in first.named_parameters()}
     config = dataclasses.replace(OptimizerConfig(), groups=groups)
     covered = {name: np.zeros(len(values), bool) for name, values in begun.items()}

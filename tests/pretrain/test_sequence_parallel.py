@@ -19,12 +19,13 @@ import torch
 from spine_runs import HALF, STEPS, consumed, files_of, metrics
 
 from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig
-from triweave.pretrain.batch import kernel_tables, to_device
+from triweave.pretrain.batch import ATTENTION_TILES, as_read, kernel_tables, to_device
 from triweave.pretrain.config import RunConfig
 from triweave.pretrain.engine.config import TrainConfig, deepspeed_config
 from triweave.pretrain.engine.sequence_parallel import head_shares, shares
 from triweave.pretrain.engine.slices import Slicer
 from triweave.pretrain.errors import PretrainError
+from triweave.pretrain.fusion.config import FusionConfig
 from triweave.pretrain.ledger.audit import audit
 from triweave.pretrain.model.config import LayoutConfig, ModelConfig
 
@@ -90,6 +91,19 @@ def test_slices_are_the_whole(make_batch, ranks):
     for name, payload in batch.payloads.items():
         wanted = zip(payload.token_index.tolist(), payload.values.tolist(), strict=True)
         assert sorted(media[name]) == sorted(wanted)
+
+
+def test_widened_rows_have_the_tables_of_their_modalities(make_batch):
+    """More ranks than positions: mmca's tables go by what each key is, padding included."""
+    tables = kernel_tables(ModelConfig(fusion=FusionConfig(kind="mmca")), torch.device("cpu"), torch.float32)
+    batch = make_batch([("image",), ("audio",)], length=49, seed=3)
+    batch.extra.update(tables(batch))
+    piece = Slicer(place=0, ranks=60, tables=tables)(batch)
+    read = as_read(piece)
+    wanted = tables.of(read.kv_lo, read.kv_hi, read.modality_ids)
+    assert piece.extra[ATTENTION_TILES].keys() == wanted.keys()
+    for name, table in wanted.items():
+        np.testing.assert_array_equal(piece.extra[ATTENTION_TILES][name], table, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from siblings import load_sibling
 
 from triweave.pretrain.batch import to_device
 from triweave.pretrain.engine.config import OWNED_KEYS, TrainConfig, deepspeed_config
@@ -55,7 +56,7 @@ def refused_by_deepspeed(world) -> str:
     """Run inside ranks: a key of the pass-through that DeepSpeed does not take."""
     from triweave.pretrain.engine.zero import Engine
 
-    tasks = _tasks()
+    tasks = load_sibling("engine_tasks")
     given = {"zero_optimization": {"reduce_bucket_size": "many"}}
     with pytest.raises(PretrainError) as caught:
         Engine(tasks.build_model(), tasks.config(2, deepspeed=given), world, accumulation=1)
@@ -89,7 +90,7 @@ def train_tied_and_frozen(world, *, stage: int) -> dict[str, object]:
     from triweave.pretrain.engine.zero import Engine
     from triweave.pretrain.model.model import MultimodalTransformer
 
-    tasks = _tasks()
+    tasks = load_sibling("engine_tasks")
     model = MultimodalTransformer(
         dataclasses.replace(tasks.MODEL, tie_embeddings=True), vocab_size=64, media_features=tasks.FEATURES, seed=3
     )
@@ -103,14 +104,6 @@ def train_tied_and_frozen(world, *, stage: int) -> dict[str, object]:
     ]
     engine.close()
     return {"losses": losses, "owned": owned}
-
-
-def _tasks():
-    import sys
-
-    return sys.modules["triweave_test_rank_pool" if "triweave_test_rank_pool" in sys.modules else "__main__"].load(
-        TASKS
-    )
 
 
 def test_tied_and_frozen_parameters_agree_at_every_stage(rank_pool, tasks):
@@ -155,7 +148,7 @@ def train_one_told(world, *, stage: int) -> dict[str, object]:
     from triweave.data_pipeline.config import SourceConfig
     from triweave.pretrain.engine.zero import Engine
 
-    tasks = _tasks()
+    tasks = load_sibling("engine_tasks")
     config = tasks.config(stage, clip_norm=0.01, norms_every_steps=1)
     sources = [SourceConfig(name=name, shards="none") for name in ("web", "speech")]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))

@@ -63,7 +63,7 @@ class FromStore(Protocol):
     """A loader that can also begin with shards in an object store."""
 
     def prepare_store(self) -> None:
-        """Forget all that was read from the store; not timed."""
+        """Get ready to begin there with nothing read yet; not timed."""
 
     def first_batch_from_store(self) -> None:
         """Make the first pack of an epoch from the store."""

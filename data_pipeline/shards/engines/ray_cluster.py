@@ -118,7 +118,7 @@ def _connected(ray: Any, address: str | None, workers: int) -> Iterator[None]:
         else:
             _require_listener(address)
             ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"--ray-address {address}" if address else "--engine ray"
         reason = " ".join(str(error).split())[:200]
         token = ", and a cluster with a token wants RAY_AUTH_TOKEN here" if address else ""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import object_server
 import pytest
 
 from triweave.data_pipeline.config import load_data_config
@@ -18,7 +17,6 @@ from triweave.launch.view.packs import PackBook
 from triweave.launch.view.server import Parameters, ViewServer
 from triweave.launch.view.shard_folder import ShardFolder
 
-OBJECT_SERVER = Path(__file__).parents[2] / "data_pipeline" / "storage" / "object_server.py"
 ASKED = (
     *("/api/samples", "/api/samples?start=31&query=chante", "/api/samples?query=modality:audio+language:ja"),
     *("/api/document?sample=0", "/api/document?sample=59", "/api/facets", "/api/facets", "/api/facets"),
@@ -30,18 +28,12 @@ ASKED = (
 @pytest.fixture
 def store(view_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The store of the storage tests, with the shards at corpora/birds."""
-    specification = importlib.util.spec_from_file_location("object_server", OBJECT_SERVER)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "object_server", module)
-    specification.loader.exec_module(module)
     settings = {
         "TRIWEAVE_CACHE_DIR": str(tmp_path / "cache"),
         "TRIWEAVE_S3_TIMEOUT_S": "2",
         "TRIWEAVE_S3_DEADLINE_S": "4",
     }
-    with module.object_server() as server:
+    with object_server.object_server() as server:
         for name, value in (server.environment | settings).items():
             monkeypatch.setenv(name, value)
         for file in view_data.shards.iterdir():

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from triweave.data_pipeline.errors import DataError
+from triweave.data_pipeline.storage.location import require_local
 
 
 @contextmanager
 def new_folder(out: Path, error: type[DataError]) -> Iterator[tuple[Path, Path]]:
     """Yield (folder that takes the place of `out` when all went well, folder for anything else), both new and absolute.
 
-    Both are gone when it did not go well, and the second always. Raises `error` where `out` holds something, is a link
-    or the current folder, or cannot be written.
+    Both are gone when it did not go well, and the second always. Raises `error` where `out` is a URL, holds
+    something, is a link or the current folder, or cannot be written.
     """
+    require_local("--out", out, error, "copy the folder there when it is written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise error(f"--out {out}: holds something else; choose a new or an empty folder")
     if out.is_symlink() or out.resolve() == Path.cwd():  # no rename takes their place, as would show after all the work

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
+
+_LISTENING_PORTS = (20_000, 32_768)
+"""Up to where net.ipv4.ip_local_port_range begins unless it is set otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,13 @@ def _has_gpu_driver() -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of this machine that nobody listens on at the moment.
+
+    One below those that Linux gives to outgoing connections: seconds pass until it is listened on, and one of those
+    that a store or a peer is asked through could take it meanwhile. No seed: two starts of one run are to differ.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_LISTENING_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

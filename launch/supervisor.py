@@ -133,7 +133,6 @@ class LostPlaces:
                 "left out from here on"
             )
             self.places += (place,)
-            place = None
         self._suspect = place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,18 +60,19 @@ def open_heartbeat(config: RunConfig, world: World) -> Heartbeat:
 
 
 def find_checkpoint(config: RunConfig, world: World) -> Checkpoint | None:
-    """Return the newest whole checkpoint of the run, None where there is none; collective."""
-
-    def tell(message: str) -> None:
-        if world.rank == 0:
-            print(f"triweave train: {message}", file=sys.stderr, flush=True)
-
+    """Return the newest whole checkpoint of the run, None where there is none, and say what follows; collective."""
+    tell = partial(_tell, world)
     checkpoint = newest_whole_checkpoint(config.run_dir, world, location=config.checkpoint.location, tell=tell)
-    if checkpoint:
-        next_row = StreamState.from_json(checkpoint.state["stream"]).next_row
-        world.together(lambda: config.check_resume_row(next_row))
-    where = shown(checkpoint.folder) if checkpoint else config.run_dir
-    tell(f"resuming from {where}" if checkpoint else f"no checkpoint in {where}, starting anew")
+    if checkpoint is None:
+        tell(f"no checkpoint in {config.run_dir}, starting anew")
+        return None
+    next_row = StreamState.from_json(checkpoint.state["stream"]).next_row
+    world.together(lambda: config.check_resume_row(next_row))
+    where, done, asked = shown(checkpoint.folder), checkpoint.step, config.train.steps
+    if done < asked:
+        tell(f"resuming from {where}")
+    else:
+        tell(f"nothing to do: {where} has step {done}, and train.steps={asked}; set that above {done} to go on")
     return checkpoint
 
 
@@ -86,10 +88,8 @@ def build_model(
     )
     if config.init_from and checkpoint is None:
         anew = start_from(model, config.model, config.init_from)
-        if world.rank == 0:
-            rest = f"; {len(anew)} parameters start anew, {anew[0]} the first" if anew else ""
-            folders = ", ".join(config.init_from.values())
-            print(f"triweave train: weights from {folders}{rest}", file=sys.stderr, flush=True)
+        rest = f"; {len(anew)} parameters start anew, {anew[0]} the first" if anew else ""
+        _tell(world, f"weights from {', '.join(config.init_from.values())}{rest}")
     return model
 
 
@@ -164,6 +164,11 @@ def open_ledger(config: RunConfig, world: World, checkpoint: Checkpoint | None) 
             raise _cannot_write(world, error) from error
 
     return world.together(begin)
+
+
+def _tell(world: World, message: str) -> None:
+    if world.rank == 0:
+        print(f"triweave train: {message}", file=sys.stderr, flush=True)
 
 
 def _cannot_write(world: World, error: OSError) -> PretrainError:

@@ -109,6 +109,8 @@ def _train(
     config: RunConfig, world: World, heartbeat: Heartbeat, stop: Sequence[signal.Signals], *, resume: bool
 ) -> bool:
     checkpoint = find_checkpoint(config, world) if resume else None
+    if checkpoint and checkpoint.step >= config.train.steps:
+        return True  # no attempt begins: the ledger, config.yaml and metrics stay as they are
     loader = world.together(lambda: build_loader(config, world, checkpoint))
     engine = world.together(lambda: build_engine(config, world, loader, checkpoint))
     if checkpoint:

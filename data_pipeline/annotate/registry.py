@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from triweave.data_pipeline.annotate.entities import EntitiesStep, load_pipeline
 from triweave.data_pipeline.annotate.language import LanguageStep
+from triweave.data_pipeline.annotate.license import LicenseStep
 from triweave.data_pipeline.annotate.words import WordsStep
 from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.steps import DocumentStep
@@ -17,8 +18,8 @@ class Annotator(NamedTuple):
     """How a step is made: `make` takes the value of `name=value`; package, extra: what it needs and what brings it."""
 
     make: Callable[[str], DocumentStep]
-    package: str
-    extra: str
+    package: str = ""
+    extra: str = ""
     takes: str = ""
 
 
@@ -28,6 +29,7 @@ def _entities(model: str) -> DocumentStep:
 
 
 ANNOTATORS: dict[str, Annotator] = {
+    "license": Annotator(lambda spdx: LicenseStep(license=spdx), takes="the SPDX expression of the corpus"),
     "language": Annotator(lambda _: LanguageStep(), "py3langid", "annotate"),
     "words": Annotator(lambda _: WordsStep(), "jieba", "annotate"),
     "entities": Annotator(_entities, "spacy", "entities", "the name of an installed spaCy model"),
@@ -55,6 +57,6 @@ def _step(name: str, value: str) -> DocumentStep:
     if bool(value) != bool(annotator.takes):
         wanted = f"needs {annotator.takes}, {name}=NAME" if annotator.takes else "takes no value"
         raise ConfigError(f"--annotate {name}: {wanted}")
-    if find_spec(annotator.package) is None:
+    if annotator.package and find_spec(annotator.package) is None:
         raise ConfigError(f"--annotate {name}: needs {annotator.package}; pip install 'triweave[{annotator.extra}]'")
     return annotator.make(value)

@@ -52,6 +52,7 @@ from triweave.data_pipeline.shards.work_folder import (
     remove_work_folder,
 )
 from triweave.data_pipeline.sources.base import Row, Source, listing_hash
+from triweave.data_pipeline.storage.location import require_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,11 @@ def build(
 ) -> Manifest:
     """Build `source` into the shard folder `out`, or continue, or return what is already there.
 
-    Raises BuildError when `out` holds something else or another process builds there, SourceError for a bad input.
-    After an interrupt or a kill the same call continues.
+    Raises BuildError when `out` is a URL, holds something else or another process builds there, SourceError for a bad
+    input. After an interrupt or a kill the same call continues.
     """
     _check_options(options)
+    require_local("--out", out, BuildError, "build into a folder, then `triweave push FOLDER URL`")
     rows = list_rows(source)
     fingerprint = build_fingerprint(source, options, rows)
     if options.retry_failed:
@@ -213,7 +215,7 @@ def _check_options(options: BuildOptions) -> None:
         raise BuildError("--retry-failed keeps what is there, --overwrite removes it: give one of them")
     for name, value, least, most in (
         ("--workers", options.workers, 1, None),
-        ("--shard-size-mb in bytes", options.shard_size_bytes, 1, None),
+        ("--shard-size-mb, in bytes", options.shard_size_bytes, 1, None),
         ("--image-max-side", options.media.image_max_side_px, 1, MAX_IMAGE_SIDE_PX),
         ("--audio-rate", options.media.audio_rate_hz, MIN_AUDIO_RATE_HZ, MAX_AUDIO_RATE_HZ),
         ("--shuffle-seed", options.shuffle_seed, 0, 2**64 - 1),

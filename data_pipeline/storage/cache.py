@@ -2,7 +2,8 @@
 
 A page is a file of its own, named by xxh3_128 of its whole identity (store, bucket, key, etag, size, time of writing,
 byte range), written beside its place and renamed into it: a reader sees all of a page or none. What is read least
-recently goes first. Nothing is trusted: sizes are compared here, and every sample's checksum by who reads it.
+recently goes first. Nothing is trusted: sizes are compared here, and every sample's checksum by who reads it. A note
+tells that some version of an object was read: of others the store need not be asked which version may be here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 Identity = tuple[str | int, ...]
 _ENDING = ".page"
 _TEMPORARY = ".part"
+_NOTE = memoryview(b"seen")
 STALE_SECONDS = 3600
 """Age at which a half-written page is one that a killed process left."""
 FILL_AFTER_EVICTION = 0.75
@@ -81,6 +83,14 @@ class PageCache:
             return data
         self._unseen_bytes += len(data)
         return self.get(identity, len(data)) or data
+
+    def note(self, name: Identity) -> None:
+        """Remember that an object of this name was read."""
+        self.put((*name, "note"), _NOTE)
+
+    def noted(self, name: Identity) -> bool:
+        """Return whether some version of an object of this name was read."""
+        return self.get((*name, "note"), len(_NOTE)) is not None
 
     def forget(self, identity: Identity) -> None:
         """Remove a page that turned out to be damaged."""

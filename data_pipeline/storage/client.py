@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ UPLOAD_PART_BYTES = 16 << 20
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _INSTANCE_ROLE = "169.254.169.254"
+_this_thread = threading.local()
 Result = TypeVar("Result")
 
 
@@ -83,6 +85,14 @@ class ObjectClient:
             reason = _reason(error)
             raise StorageError(f"s3://{bucket}: cannot be opened ({reason}); {_advice(reason)}") from None
 
+    def name(self, key: str) -> tuple[str, ...]:
+        """Return what names an object among those of all stores."""
+        return self.endpoint, self.bucket, key
+
+    def identity(self, key: str, info: ObjectInfo) -> tuple[str | int, ...]:
+        """Return what tells a version of an object from all others."""
+        return *self.name(key), info.etag, info.size, info.modified
+
     def info(self, key: str) -> ObjectInfo:
         """Return the identity of an object. Raises FileNotFoundError and StorageError."""
         import obstore
@@ -92,6 +102,26 @@ class ObjectClient:
             return _info(result.meta, result.attributes)
 
         return self._repeat("read", key, ask)
+
+    def first(self, key: str, start: int, end: int) -> tuple[ObjectInfo, memoryview]:
+        """Return the identity of an object and its bytes [start, end), of one answer; fewer bytes where it ends.
+
+        Raises FileNotFoundError and StorageError.
+        """
+        import obstore
+
+        def ask() -> tuple[ObjectInfo, memoryview] | None:
+            try:
+                result = obstore.get(self._store, key, options={"range": (start, end)})
+            except obstore.exceptions.GenericError as error:
+                if _reason(error).startswith("416"):  # it ends before `start`, or is empty
+                    return None
+                raise
+            info, data = _info(result.meta, result.attributes), memoryview(result.bytes())
+            _check_length(data, min(end, info.size) - start)
+            return info, data
+
+        return self._repeat("read", key, ask) or (self.info(key), memoryview(b""))
 
     def range(self, key: str, start: int, end: int, info: ObjectInfo) -> memoryview:
         """Return bytes [start, end) of the object that `info` is of.
@@ -106,9 +136,7 @@ class ObjectClient:
             if result.meta["size"] != info.size:
                 raise ChangedObjectError(key)
             data = memoryview(result.bytes())
-            if len(data) != end - start:
-                raise ConnectionError(f"{len(data)} of {end - start} bytes came")
-            count("read_bytes", len(data))
+            _check_length(data, end - start)
             return data
 
         return self._repeat("read", key, ask)
@@ -207,13 +235,18 @@ class ObjectClient:
             count("retries")
             log = logger.warning if attempt >= 3 else logger.info
             log("%s: not %s yet, attempt %d (%s); trying for another %.0f s", location, done, attempt, reason, left)
-            time.sleep(wait)
+            _wait(wait, location)
 
     def _no_such_bucket(self) -> StorageError:
         where = self.endpoint or "AWS"
         return StorageError(
             f"s3://{self.bucket}: {where} has no such bucket; make it, or check its name and AWS_ENDPOINT_URL"
         )
+
+
+def repeat_until(given_up: threading.Event) -> None:
+    """Have the requests of the calling thread be repeated no more once the event is set."""
+    _this_thread.given_up = given_up
 
 
 def client_of(bucket: str) -> ObjectClient:
@@ -235,6 +268,21 @@ def forget_clients() -> None:
 def _client(process: int, bucket: str, settings: StorageSettings, options: tuple[tuple[str, str], ...]) -> ObjectClient:
     del process, options  # part of what it is kept for
     return ObjectClient(bucket, settings)
+
+
+def _wait(seconds: float, location: ObjectLocation) -> None:
+    given_up: threading.Event | None = getattr(_this_thread, "given_up", None)
+    if given_up is None:
+        time.sleep(seconds)
+    elif given_up.wait(seconds):
+        raise StorageError(f"{location}: reading it was given up")
+
+
+def _check_length(data: memoryview, expected: int) -> None:
+    """Count the bytes that came. Raises ConnectionError where they are fewer than the answer must have."""
+    if len(data) != expected:
+        raise ConnectionError(f"{len(data)} of {expected} bytes came")
+    count("read_bytes", len(data))
 
 
 def _info(meta: object, attributes: object) -> ObjectInfo:

@@ -6,9 +6,11 @@ Samples are read by `stream.reader.ShardReader`, which takes the same locations.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -22,6 +24,7 @@ from triweave.data_pipeline.storage.settings import StorageSettings
 
 MOST_BYTES = 2 << 30
 """Largest file that is read whole: an index, sidecar, ledger or manifest beyond it is not one of ours."""
+_WHOLE = "whole"
 CHECKED_READS = 3
 """Times that something is read from the store before its damage counts as damage of the object."""
 
@@ -42,20 +45,18 @@ def read_file(path: Path | str, xxh3: str = "") -> bytes | memoryview:
     cache = PageCache(settings.cache_dir, settings.cache_bytes)
     data: bytes | memoryview = b""
     for attempt in range(CHECKED_READS):
-        info = client.info(location.key)
-        if info.size > MOST_BYTES:
-            raise StorageError(f"{location}: {info.size} bytes, more than the {MOST_BYTES} that are read whole")
-        identity = (client.endpoint, location.bucket, location.key, info.etag, info.size, info.modified, "whole")
-        known = cache.get(identity, info.size) if info.size and attempt == 0 else None
-        count("cache_hits" if known is not None else "cache_misses")
+        held = _held(cache, client, location) if attempt == 0 else None
+        count("cache_misses" if held is None else "cache_hits")
         try:
-            data = known if known is not None else _whole(client, location, info, settings)
+            info, data = held or _whole(client, location, settings)
         except ChangedObjectError:
             continue
+        identity = (*client.identity(location.key, info), _WHOLE)
         expected = xxh3 or info.xxh3
         if not expected or xxhash.xxh3_64_hexdigest(data) == expected:
-            if known is None and info.size:
+            if held is None and info.size:
                 cache.put(identity, memoryview(data))
+                cache.note(client.name(location.key))
             return data
         cache.forget(identity)
         count("failed_checks")
@@ -71,9 +72,7 @@ def read_range(path: Path | str, offset: int, size: int) -> bytes | memoryview:
     location = object_location(path)
     client, settings = client_of(location.bucket), StorageSettings.from_environment()
     with _unchanging(location):
-        info = client.info(location.key)
-        end = min(offset + size, info.size)
-        return b"".join(_pieces(client, location, info, offset, end, settings.request_bytes))
+        return b"".join(_pieces(client, location, offset, offset + size, settings)[1])
 
 
 def file_size(path: Path | str) -> int | None:
@@ -127,11 +126,11 @@ def _copy(location: ObjectLocation, path: Path, settings: StorageSettings) -> No
         digest = xxhash.xxh3_64()
         with _unchanging(location), open(path, "wb") as file:
             try:
-                info = client.info(location.key)
+                info, pieces = _pieces(client, location, 0, sys.maxsize, settings)
             except FileNotFoundError:
                 os.unlink(path)
                 return
-            for piece in _pieces(client, location, info, 0, info.size, settings.request_bytes):
+            for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
         if info.xxh3 in ("", digest.hexdigest()):
@@ -139,17 +138,37 @@ def _copy(location: ObjectLocation, path: Path, settings: StorageSettings) -> No
         count("failed_checks")
 
 
-def _whole(
-    client: ObjectClient, location: ObjectLocation, info: ObjectInfo, settings: StorageSettings
-) -> bytes | memoryview:
-    return b"".join(_pieces(client, location, info, 0, info.size, settings.request_bytes))
+def _held(cache: PageCache, client: ObjectClient, location: ObjectLocation) -> tuple[ObjectInfo, memoryview] | None:
+    """Return a file of the version that the store has now as the cache holds it, None where it does not."""
+    if not cache.noted(client.name(location.key)):
+        return None
+    info = client.info(location.key)
+    data = cache.get((*client.identity(location.key, info), _WHOLE), info.size)
+    return None if data is None else (info, data)
+
+
+def _whole(client: ObjectClient, location: ObjectLocation, settings: StorageSettings) -> tuple[ObjectInfo, bytes]:
+    info, pieces = _pieces(client, location, 0, MOST_BYTES, settings)
+    if info.size > MOST_BYTES:
+        raise StorageError(f"{location}: {info.size} bytes, more than the {MOST_BYTES} that are read whole")
+    return info, b"".join(pieces)
 
 
 def _pieces(
-    client: ObjectClient, location: ObjectLocation, info: ObjectInfo, start: int, end: int, request_bytes: int
-) -> Iterator[memoryview]:
-    for first in range(start, end, request_bytes):
-        yield client.range(location.key, first, min(end, first + request_bytes), info)
+    client: ObjectClient, location: ObjectLocation, start: int, end: int, settings: StorageSettings
+) -> tuple[ObjectInfo, Iterator[memoryview]]:
+    """Return the identity of an object and the pieces of its bytes [start, end), fewer where it ends.
+
+    The first answer gives the identity; the other pieces are read when they are taken, of the same version.
+    """
+    request = settings.request_bytes
+    info, first = client.first(location.key, start, min(end, start + request))
+    end = min(end, info.size)
+    rest = (
+        client.range(location.key, begin, min(end, begin + request), info)
+        for begin in range(start + len(first), end, request)
+    )
+    return info, chain([first], rest)
 
 
 @contextmanager

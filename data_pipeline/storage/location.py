@@ -39,6 +39,12 @@ def is_remote(location: Path | str) -> bool:
     return _URL.match(str(location)) is not None
 
 
+def require_local(option: str, path: Path, error: type[Exception], instead: str) -> None:
+    """Raise `error` for a URL where a command needs a path of this machine; `instead` says what to do."""
+    if is_remote(path):
+        raise error(f"{option} {shown(path)}: must be on this machine; {instead}")
+
+
 def shown(location: Path | str) -> str:
     """Return a location as a user writes it."""
     return str(object_location(location)) if is_remote(location) else str(location)

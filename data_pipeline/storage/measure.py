@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +21,14 @@ from triweave.data_pipeline.errors import ConfigError
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.storage.counters import StorageCounts, storage_counts
-from triweave.data_pipeline.storage.location import shown
+from triweave.data_pipeline.storage.location import is_remote, shown
 from triweave.data_pipeline.storage.settings import StorageSettings
+from triweave.data_pipeline.storage.side_by_side import side_by_side
 from triweave.data_pipeline.stream.reader import ShardReader
 
 FIRST_SAMPLES = 64
 READ_AHEAD = 128
+_COLUMNS = ("offset", "size", "xxh3")
 _CACHE_DIR = "TRIWEAVE_CACHE_DIR"
 
 
@@ -73,8 +76,9 @@ def _read(reader: Literal["store", "cache", "local"], folder: str, samples: int,
     before, cpu, began = storage_counts(), time.process_time(), time.perf_counter()
     manifest = Manifest.load(folder)
     planned = []
-    for number in range(len(manifest.shards)):
-        table = read_index(manifest, number, ["offset", "size", "xxh3"])
+    reads = [partial(read_index, manifest, number, _COLUMNS) for number in range(len(manifest.shards))]
+    threads = StorageSettings.from_environment().connections if is_remote(folder) else 1
+    for number, table in enumerate(side_by_side(reads, threads)):
         tar = str(manifest.tar_path(number))
         planned += [(tar, *row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
     random.Random(seed).shuffle(planned)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +131,8 @@ def _compact(runs: _Runs, B: int, S: int) -> tuple[Int, Int]:
 
 
 def _columns(pieces: list[Piece], row_of_piece: Int, B: int) -> _Runs:
-    table = np.asarray([run for piece in pieces for run in piece.runs], np.int64).reshape(-1, 5)
+    numbers = chain.from_iterable(chain.from_iterable(piece.runs for piece in pieces))
+    table = np.fromiter(numbers, np.int64).reshape(-1, 5)
     piece = np.repeat(np.arange(len(pieces)), [len(piece.runs) for piece in pieces])
     modality, length, grid = table[:, 0], table[:, 1], table[:, 2:]
     piece_first = np.searchsorted(piece, np.arange(len(pieces)))[piece] if len(pieces) else piece

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +24,12 @@ from triweave.data_pipeline.stream.layout import PieceLayout, PiecePlan, Run, pi
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
+TEXT_ID = 0
+"""Modality id of text."""
 SampleBytes = dict[int, memoryview]
 """Number of a sample in its shard -> its verified bytes."""
+Rooms = tuple[npt.NDArray[np.int32], list[npt.NDArray[Any]]]
+"""Where a stretch of tokens goes: its tokens, and the [tokens, features] of each of its media."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +59,9 @@ class AloneSpan(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece ready to be packed; its media lie in the micro-batch's MediaBuffers.
+    """A piece ready to be packed; its media lie in the micro-batch's PieceBuffers.
 
-    tokens: int32 [n].
+    tokens: int32 [n], a view of them.
     runs: see PieceLayout.
     weight: 1, or 0 for a filler.
     alone: set where the piece is a one-span segment.
@@ -73,11 +79,21 @@ class Piece(NamedTuple):
     source: int = 0
 
 
-class MediaBuffers:
-    """The decoded media of a micro-batch: modality id -> [tokens, features], filled in order of appearance.
+class Made(NamedTuple):
+    """What a piece became: one Piece per layout. error: why they are fillers, None where they are not."""
 
-    Items are decoded in place, or copied in while they are in the processor's cache, which is cheaper than keeping
-    hundreds of them and joining them at the end.
+    pieces: list[Piece]
+    error: CorruptSampleError | None
+
+
+class PieceBuffers:
+    """What the pieces of a micro-batch become, in order of appearance.
+
+    tokens: int32 [tokens of all pieces].
+    media: modality id -> [tokens of it, features].
+
+    Pieces are written in place, or copied in while they are in the processor's cache, which is cheaper than keeping
+    hundreds of arrays and joining them at the end.
     """
 
     def __init__(self, layouts: Iterable[PieceLayout], geometry: MediaGeometry) -> None:
@@ -86,22 +102,40 @@ class MediaBuffers:
         for layout in layouts:
             for kind, length, *_ in layout.runs:
                 counts[kind] += length
-        self.values: dict[int, npt.NDArray[Any]] = {
+        self.tokens = np.empty(counts.total(), np.int32)
+        self.media: dict[int, npt.NDArray[Any]] = {
             modality.id: np.empty((counts[modality.id], modality.features(geometry)), modality.dtype)
             for modality in MODALITIES.values()
             if counts[modality.id]
         }
-        self.filled = dict.fromkeys(self.values, 0)
+        self._by_kind = {TEXT_ID: self.tokens, **self.media}
+        self._taken = dict.fromkeys(self._by_kind, 0)
 
-    def add(self, kind: int, tokens: int) -> npt.NDArray[Any]:
-        """Append an item and return its [tokens, features], which the caller fills."""
-        start = self.filled[kind]
-        self.filled[kind] = start + tokens
-        return self.values[kind][start : start + tokens]
+    def rooms(self, layout: PieceLayout) -> Rooms:
+        """Return where the next layout goes: its tokens, and the rows of each of its media."""
+        return self._next(TEXT_ID, layout.tokens), [self._next(run[0], run[1]) for run in layout.runs if run[0]]
 
-    def add_zeros(self, kind: int, tokens: int) -> None:
-        """Append an item of zeros."""
-        self.add(kind, tokens)[...] = 0
+    def _next(self, kind: int, tokens: int) -> npt.NDArray[Any]:
+        start = self._taken[kind]
+        self._taken[kind] = end = start + tokens
+        return self._by_kind[kind][start:end]
+
+
+class _Draft:
+    """A piece on its way: what it is made from, where it goes, and what was found."""
+
+    __slots__ = ("catalog", "document", "error", "keys", "layouts", "piece", "rooms", "samples")
+
+    def __init__(self, piece: PiecePlan, catalog: ShardCatalog, samples: SampleBytes | CorruptSampleError) -> None:
+        self.piece = piece
+        self.catalog = catalog
+        self.layouts = piece_layouts(catalog, piece)
+        self.error = samples if isinstance(samples, CorruptSampleError) else None
+        self.samples: SampleBytes = {} if isinstance(samples, CorruptSampleError) else samples
+        self.rooms: list[Rooms] = []
+        self.document: dict[str, Any] = {}
+        self.keys = [0] * len(self.layouts)
+        """Content key of each layout that is a one-span segment."""
 
 
 class PieceMaker:
@@ -121,9 +155,7 @@ class PieceMaker:
         """
         catalog = self.planner.catalog(piece.source, piece.shard)
         sample = piece.sample
-        own = self.reader.read(
-            catalog.tar, catalog.offsets.item(sample), catalog.sizes.item(sample), catalog.hashes.item(sample)
-        )
+        own = self._read(catalog, sample)
         return {sample: own} if catalog.part_owners is None else self._partners(catalog, piece) | {sample: own}
 
     def ask(self, pieces: Iterable[PiecePlan]) -> None:
@@ -134,6 +166,10 @@ class PieceMaker:
             ranges.append((catalog.tar, catalog.offsets.item(piece.sample), catalog.sizes.item(piece.sample)))
         self.reader.ask(ranges)
 
+    def _read(self, catalog: ShardCatalog, sample: int) -> memoryview:
+        offset, size, xxh3 = catalog.offsets.item(sample), catalog.sizes.item(sample), catalog.hashes.item(sample)
+        return self.reader.read(catalog.tar, offset, size, xxh3)
+
     def _partners(self, catalog: ShardCatalog, piece: PiecePlan) -> SampleBytes:
         """Return the samples that the exchanged media of a piece are in."""
         assert catalog.part_owners is not None
@@ -141,43 +177,42 @@ class PieceMaker:
         samples: SampleBytes = {}
         for owner in sorted(set(catalog.part_owners[places].tolist())):
             try:
-                samples[owner] = self.reader.read(
-                    catalog.tar, catalog.offsets.item(owner), catalog.sizes.item(owner), catalog.hashes.item(owner)
-                )
+                samples[owner] = self._read(catalog, owner)
             except CorruptSampleError as error:
                 raise CorruptSampleError(str(error), owner) from None
         return samples
 
-    def layouts(self, piece: PiecePlan) -> list[PieceLayout]:
-        """Return the layouts of a piece, one for each of the Pieces it becomes."""
-        return piece_layouts(self.planner.catalog(piece.source, piece.shard), piece)
-
     def decode(
-        self, piece: PiecePlan, layouts: list[PieceLayout], samples: SampleBytes, buffers: MediaBuffers
-    ) -> list[Piece]:
-        """Tokenise and decode a piece, its media into `buffers`: one Piece per layout.
+        self, rows: Sequence[tuple[Sequence[PiecePlan], Sequence[SampleBytes | CorruptSampleError]]]
+    ) -> tuple[list[list[Made]], PieceBuffers]:
+        """Tokenise and decode rows of pieces with what `fetch` returned or raised of each.
 
-        Raises CorruptSampleError, with `buffers` as before, where the result is not what the plan counted.
+        Return by row what each piece became, and the buffers that it lies in. In passes over all pieces, one for the
+        text and one for each modality: decoding a medium drives other code out of the processor's caches, which costs
+        more than running that code.
         """
-        before = dict(buffers.filled)
-        try:
-            document = self._document(piece, samples)
-            return [self._filled(piece, layout, document, samples, buffers) for layout in layouts]
-        except Exception as error:
-            buffers.filled = before
-            raise _as_corrupt(error) from error
-
-    def filler(self, piece: PiecePlan, layouts: list[PieceLayout], buffers: MediaBuffers) -> list[Piece]:
-        """Return the stand-in of a damaged piece: same layouts and payload shapes, zeros, no loss."""
-        for layout in layouts:
-            for kind, length, *_ in layout.runs:
-                if kind:
-                    buffers.add_zeros(kind, length)
-        kinds = [layout.parts[0].kind if layout.alone else 0 for layout in layouts]
-        return [
-            self._piece(piece, layout, self._skeleton(layout), (kind, 0, 0), weight=0.0)
-            for layout, kind in zip(layouts, kinds, strict=True)
+        drafts = [
+            [
+                _Draft(piece, self.planner.catalog(piece.source, piece.shard), own)
+                for piece, own in zip(*row, strict=True)
+            ]
+            for row in rows
         ]
+        every = list(chain.from_iterable(drafts))
+        layouts = chain.from_iterable(draft.layouts for draft in every)
+        buffers = PieceBuffers(layouts, self.planner.config.geometry)
+        for draft in every:
+            draft.rooms = [buffers.rooms(layout) for layout in draft.layouts]
+        passes: list[Callable[[_Draft], None]] = [self._write_text]
+        passes += (partial(self._write_media, kind) for kind in self.modalities if kind in buffers.media)
+        for write in passes:
+            for draft in every:
+                if draft.error is None:
+                    try:
+                        write(draft)
+                    except Exception as error:
+                        draft.error = _as_corrupt(error)
+        return [[Made(self._pieces(draft), draft.error) for draft in row] for row in drafts], buffers
 
     def event(self, piece: PiecePlan, plan_row: int, error: CorruptSampleError) -> FillerEvent:
         """Describe a damaged piece."""
@@ -192,35 +227,42 @@ class PieceMaker:
             reason=str(error),
         )
 
-    def _piece(
-        self,
-        piece: PiecePlan,
-        layout: PieceLayout,
-        tokens: npt.NDArray[np.int32],
-        content: tuple[int, int, int],
-        *,
-        weight: float,
-        labels: dict[str, Label] | None = None,
-    ) -> Piece:
-        """Return a stretch of tokens as a Piece; content: modality, content key and group key of its segment."""
-        key = self.planner.catalog(piece.source, piece.shard).key_list[piece.sample]
-        name = self.planner.source_name(piece.source)
-        ending = (":alone" if layout.alone else "") + ("" if weight else ":filler")
-        return Piece(
-            tokens=tokens,
-            runs=layout.runs,
-            weight=weight,
-            sample_id=f"{name}:{piece.epoch}:{key}:{layout.first}:{layout.end}{ending}",
-            sample_hash=xxhash.xxh3_64_intdigest(tokens.data),
-            alone=AloneSpan(piece.item, *content) if layout.alone else None,
-            labels=labels or {},
-            source=piece.source % len(self.planner.config.sources),
-        )
+    def _pieces(self, draft: _Draft) -> list[Piece]:
+        """Return what a draft became, or its stand-in: same layouts and payload shapes, zeros and pad ids, no loss."""
+        piece, config = draft.piece, self.planner.config
+        source = piece.source % len(config.sources)
+        name = f"{config.sources[source].name}:{piece.epoch}:{draft.catalog.key_list[piece.sample]}"
+        damaged = draft.error is not None
+        labels = {} if damaged else chosen_labels(draft.document["labels"], config.labels)
+        made = []
+        for number, (layout, (tokens, media)) in enumerate(zip(draft.layouts, draft.rooms, strict=True)):
+            alone = None
+            if damaged:
+                tokens[...] = self.planner.tokenizer.pad_id
+                self._mark(layout, tokens)
+                for values in media:
+                    values[...] = 0
+            if layout.alone:
+                keys = (0, 0) if damaged else (draft.keys[number], _group_key(draft.document))
+                alone = AloneSpan(piece.item, layout.parts[0].kind, *keys)
+            ending = (":alone" if layout.alone else "") + (":filler" if damaged else "")
+            made.append(
+                Piece(
+                    tokens,
+                    layout.runs,
+                    0.0 if damaged else 1.0,
+                    f"{name}:{layout.first}:{layout.end}{ending}",
+                    xxhash.xxh3_64_intdigest(tokens.data),
+                    alone,
+                    labels,
+                    source,
+                )
+            )
+        return made
 
-    def _skeleton(self, layout: PieceLayout) -> npt.NDArray[np.int32]:
-        """Return the tokens that metadata alone determines, pad ids where text goes, int32 [layout.tokens]."""
+    def _mark(self, layout: PieceLayout, tokens: npt.NDArray[np.int32]) -> None:
+        """Write the tokens of a stretch that metadata alone determines: all but those of its text."""
         tokenizer = self.planner.tokenizer
-        tokens = np.full(layout.tokens, tokenizer.pad_id, np.int32)
         for _, _, kind, _, end, at in layout.parts:
             if kind:
                 markers = tokenizer.media[self.modalities[kind].name]
@@ -230,72 +272,59 @@ class PieceMaker:
             tokens[0] = tokenizer.bos_id
         if layout.has_eos:
             tokens[-1] = tokenizer.eos_id
-        return tokens
 
-    def _document(self, piece: PiecePlan, samples: SampleBytes) -> dict[str, Any]:
-        """Return the JSON of a piece's document."""
-        catalog = self.planner.catalog(piece.source, piece.shard)
-        start = catalog.json_offsets.item(piece.sample) - catalog.offsets.item(piece.sample)
-        end = start + catalog.json_sizes.item(piece.sample)
-        document: dict[str, Any] = orjson.loads(samples[piece.sample][start:end])
-        return document
-
-    def _filled(
-        self,
-        piece: PiecePlan,
-        layout: PieceLayout,
-        document: dict[str, Any],
-        samples: SampleBytes,
-        buffers: MediaBuffers,
-    ) -> Piece:
-        """Return a stretch of tokens with its text, its media in `buffers`."""
-        tokenizer = self.planner.tokenizer
-        catalog = self.planner.catalog(piece.source, piece.shard)
-        tokens = self._skeleton(layout)
-        content = (0, 0, 0)
-        for part, place, kind, first, end, at in layout.parts:
-            if kind:
-                medium = self._medium(catalog, piece.sample, place, samples)
-                self._decode_medium(catalog, piece.sample, place, medium, buffers.add(kind, end))
+    def _write_text(self, draft: _Draft) -> None:
+        """Parse a draft's document and write all of its tokens."""
+        catalog, sample = draft.catalog, draft.piece.sample
+        start = catalog.json_offsets.item(sample) - catalog.offsets.item(sample)
+        draft.document = orjson.loads(draft.samples[sample][start : start + catalog.json_sizes.item(sample)])
+        for number, (layout, (tokens, _)) in enumerate(zip(draft.layouts, draft.rooms, strict=True)):
+            self._mark(layout, tokens)
+            for part, place, kind, first, end, at in layout.parts:
+                if kind:
+                    continue
+                text = draft.document["parts"][part]["text"]
+                began = time.perf_counter()
+                encoded = self.planner.tokenizer.encode(text)
+                self.tokenise_s += time.perf_counter() - began
+                if len(encoded) != catalog.part_tokens.item(place):
+                    raise CorruptSampleError("its text has another number of tokens than the sidecar says")
+                tokens[at : at + end - first] = encoded[first:end]
                 if layout.alone:
-                    content = (kind, xxhash.xxh3_64_intdigest(medium), _group_key(document))
-                continue
-            text = document["parts"][part]["text"]
-            began = time.perf_counter()
-            encoded = tokenizer.encode(text)
-            self.tokenise_s += time.perf_counter() - began
-            if len(encoded) != catalog.part_tokens.item(place):
-                raise CorruptSampleError("its text has another number of tokens than the sidecar says")
-            tokens[at : at + end - first] = encoded[first:end]
-            if layout.alone:
-                content = (kind, text_key(text), _group_key(document))
-        labels = chosen_labels(document["labels"], self.planner.config.labels)
-        return self._piece(piece, layout, tokens, content, weight=1.0, labels=labels)
+                    draft.keys[number] = text_key(text)
 
-    def _medium(self, catalog: ShardCatalog, sample: int, place: int, samples: SampleBytes) -> bytes:
-        """Return the encoded bytes of a media part."""
-        owner = sample if catalog.part_owners is None else catalog.part_owners.item(place)
-        offset = catalog.part_offsets.item(place) - catalog.offsets.item(owner)
-        return bytes(samples[owner][offset : offset + catalog.part_sizes.item(place)])
+    def _write_media(self, modality: int, draft: _Draft) -> None:
+        """Decode the media of one modality of a draft."""
+        for number, (layout, (_, rooms)) in enumerate(zip(draft.layouts, draft.rooms, strict=True)):
+            media = (part for part in layout.parts if part.kind)
+            for part, room in zip(media, rooms, strict=True):
+                if part.kind == modality:
+                    medium = self._decoded(draft, part.place, room)
+                    if layout.alone:
+                        draft.keys[number] = xxhash.xxh3_64_intdigest(medium)
 
-    def _decode_medium(
-        self, catalog: ShardCatalog, sample: int, place: int, medium: bytes, out: npt.NDArray[Any]
-    ) -> None:
-        """Decode a media part into `out`. Raises CorruptSampleError with the sample its bytes are from."""
+    def _decoded(self, draft: _Draft, place: int, out: npt.NDArray[Any]) -> bytes:
+        """Decode a media part into `out` and return its encoded bytes.
+
+        Raises CorruptSampleError with the sample its bytes are from.
+        """
+        catalog = draft.catalog
         modality = self.modalities[catalog.part_kinds.item(place)]
-        width, height, samples, rate = catalog.part_infos[place].tolist()
-        info = MediaInfo(width=width, height=height, samples=samples, rate=rate)
-        owner = sample if catalog.part_owners is None else catalog.part_owners.item(place)
+        owner = draft.piece.sample if catalog.part_owners is None else catalog.part_owners.item(place)
+        start = catalog.part_offsets.item(place) - catalog.offsets.item(owner)
+        medium = bytes(draft.samples[owner][start : start + catalog.part_sizes.item(place)])
+        info = MediaInfo._make(catalog.part_infos[place].tolist())
         try:
             if modality.decode_into is not None:
                 modality.decode_into(medium, info, self.planner.config.geometry, out)
-                return
+                return medium
             values = modality.decode(medium, info, self.planner.config.geometry)
         except Exception as error:
             raise _as_corrupt(error, owner) from error
         if len(values) != len(out):
             raise CorruptSampleError(f"its {modality.name} decodes to {len(values)} tokens, planned {len(out)}", owner)
         out[...] = values
+        return medium
 
 
 def chosen_labels(labels: dict[str, Any], names: Sequence[str]) -> dict[str, Label]:

@@ -100,14 +100,14 @@ def _segment_layouts(catalog: ShardCatalog, sample: int) -> list[PieceLayout]:
 def piece_layout(catalog: ShardCatalog, piece: PiecePlan) -> PieceLayout:
     """Lay out the tokens [first, end) of a document."""
     base, after = catalog.part_starts.item(piece.sample), catalog.part_starts.item(piece.sample + 1)
-    kinds, lengths = catalog.part_kinds[base:after].tolist(), catalog.part_lengths[base:after].tolist()
+    first, end = piece.first, piece.end
     runs: list[Run] = []
     parts: list[PartSpan] = []
-    text = int(piece.first == 0)
+    text = int(first == 0)
     position = 1
-    for number, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
-        lo, hi = max(piece.first - position, 0), min(piece.end - position, length)
-        at = position + lo - piece.first
+    for number, (kind, length, t, h, w) in enumerate(catalog.layout_columns[base:after].tolist()):
+        lo, hi = max(first - position, 0), min(end - position, length)
+        at = position + lo - first
         position += length
         if lo >= hi:
             continue
@@ -115,12 +115,11 @@ def piece_layout(catalog: ShardCatalog, piece: PiecePlan) -> PieceLayout:
             text += hi - lo
             parts.append(PartSpan(number, base + number, 0, lo, hi, at))
         else:
-            t, h, w = catalog.part_grids[base + number].tolist()
             runs += [(0, text + 1, text + 1, 1, 1), (kind, length - 1, t, h, w)]
             parts.append(PartSpan(number, base + number, kind, 0, length - 1, at))
             text = 0
-    has_eos = piece.end > position
+    has_eos = end > position
     text += has_eos
     if text:
         runs.append((0, text, text, 1, 1))
-    return PieceLayout(runs, parts, piece.first == 0, has_eos, piece.first, piece.end, piece.end - piece.first)
+    return PieceLayout(runs, parts, first == 0, has_eos, first, end, end - first)

@@ -34,7 +34,7 @@ from triweave.data_pipeline.storage.read_ahead import read_ahead
 from triweave.data_pipeline.storage.settings import StorageSettings
 from triweave.data_pipeline.stream.catalog import usable_modalities
 from triweave.data_pipeline.stream.collate import Row, collate
-from triweave.data_pipeline.stream.content import FillerEvent, MediaBuffers, Piece, PieceMaker, SampleBytes
+from triweave.data_pipeline.stream.content import FillerEvent, PieceMaker, SampleBytes
 from triweave.data_pipeline.stream.plan import Planner
 from triweave.data_pipeline.stream.reader import CorruptSampleError
 from triweave.data_pipeline.stream.stalls import StepLoad, counts_of, summed
@@ -292,21 +292,13 @@ def decode_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterat
         began, tokenised_s = time.perf_counter(), maker.tokenise_s
         task = micro_batch.task
         maker.planner = _planner_of(micro_batch)
-        layouts = [[maker.layouts(piece) for piece in pieces] for pieces in task.pieces]
-        buffers = MediaBuffers(chain.from_iterable(chain.from_iterable(layouts)), planner.config.geometry)
-        rows = zip(task.plan_rows, task.pieces, layouts, micro_batch.samples, strict=True)
-        for plan_row, pieces, row_layouts, samples in rows:
-            made: list[Piece] = []
-            for piece, its_layouts, sample in zip(pieces, row_layouts, samples, strict=True):
-                try:
-                    if isinstance(sample, CorruptSampleError):
-                        raise sample
-                    made += maker.decode(piece, its_layouts, sample, buffers)
-                except CorruptSampleError as error:
-                    made += maker.filler(piece, its_layouts, buffers)
-                    micro_batch.fillers.append(maker.event(piece, plan_row, error))
-            micro_batch.rows.append(Row(plan_row, made))
-        micro_batch.media = buffers.values
+        rows, buffers = maker.decode(list(zip(task.pieces, micro_batch.samples, strict=True)))
+        for plan_row, pieces, row in zip(task.plan_rows, task.pieces, rows, strict=True):
+            micro_batch.rows.append(Row(plan_row, list(chain.from_iterable(made.pieces for made in row))))
+            for piece, made in zip(pieces, row, strict=True):
+                if made.error is not None:
+                    micro_batch.fillers.append(maker.event(piece, plan_row, made.error))
+        micro_batch.media = buffers.media
         micro_batch.samples = []
         tokenise_ms = (maker.tokenise_s - tokenised_s) * 1000
         micro_batch.timings_ms["tokenise"] = tokenise_ms

@@ -14,6 +14,7 @@ source goes on at the sample where that block ended.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,12 +25,8 @@ import xxhash
 from triweave.data_pipeline.config import DataConfig
 from triweave.data_pipeline.errors import ConfigError, StateError
 from triweave.data_pipeline.shards.manifest import Manifest
-from triweave.data_pipeline.stream.catalog import (
-    ShardCatalog,
-    load_shard_catalog,
-    modality_names,
-    usable_modalities,
-)
+from triweave.data_pipeline.stream.catalog import ShardCatalog, modality_names, usable_modalities
+from triweave.data_pipeline.stream.metadata import load_catalogs, load_manifests
 from triweave.data_pipeline.stream.mixture import Draw, Mixture, SourceShape, keyed_order
 from triweave.data_pipeline.stream.pack import best_fit_decreasing
 from triweave.data_pipeline.stream.pieces import MORE_COLUMNS, OWNER_COLUMNS, Pieces, drawn_share
@@ -133,19 +130,17 @@ class Planner:
         self.config = config = config.segments[self.segment]
         self.caps = config.caps
         self.tokenizer = tokenizer or Tokenizer.load(config.tokenizer)
-        self.manifests = (
-            after.planner.manifests if after else [Manifest.load(source.shards) for source in config.sources]
-        )
+        self.manifests = after.planner.manifests if after else load_manifests(config.sources)
         for source, manifest in zip(config.sources, self.manifests, strict=True):
             if not manifest.samples:
                 raise ConfigError(f"data.sources.{source.name}: {source.shards} holds no samples; build it again")
+        self._catalogs: dict[tuple[int, int], ShardCatalog] = {}
+        self._blocks: dict[int, BlockPlan] = {}
         self.mean_tokens = mean_tokens
         self.mixture = self._mixture()
         self.identity = self._identity()
         canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         self.plan_hash = xxhash.xxh3_128_hexdigest(canonical.encode())
-        self._catalogs: dict[tuple[int, int], ShardCatalog] = {}
-        self._blocks: dict[int, BlockPlan] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the configs: a process started afresh makes its own plans."""
@@ -161,7 +156,7 @@ class Planner:
             pass_samples = max(1, round(sum(weights)))
         elif config.weight_unit == "tokens" and sum(map(bool, weights)) > 1:
             if self.mean_tokens is None:
-                self.mean_tokens = [self._mean_tokens(number) if weight else 0 for number, weight in enumerate(weights)]
+                self.mean_tokens = self._mean_tokens()
             weights = [weight / mean if mean else 0 for weight, mean in zip(weights, self.mean_tokens, strict=True)]
         shapes = [
             SourceShape(
@@ -174,17 +169,29 @@ class Planner:
             shapes, block_samples=config.block_samples, seed=config.seed, starts=starts, pass_samples=pass_samples
         )
 
-    def _mean_tokens(self, source: int) -> float:
-        """Return the mean tokens of a source's samples as they are packed; those that are left out count 0."""
-        manifest, name = self.manifests[source], self.config.sources[source].name
-        chosen = keyed_order(len(manifest.shards), self.config.seed, "counted", name)[:COUNTED_SHARDS].tolist()
-        tokens = sum(int(self._load(source, shard).sample_budgets[:, 0].sum()) for shard in chosen)
-        if not tokens:
-            raise ConfigError(
-                f"data.sources.{name}: none of its samples can be packed, so data.weight_unit=tokens has no meaning; "
-                "set its weight to 0"
-            )
-        return tokens / sum(manifest.shards[shard].samples for shard in chosen)
+    def _mean_tokens(self) -> list[float]:
+        """Return the mean tokens of each source's samples as they are packed; those that are left out count 0."""
+        chosen = [
+            (number, shard)
+            for number, (source, manifest) in enumerate(zip(self.config.sources, self.manifests, strict=True))
+            if source.weight
+            for shard in keyed_order(len(manifest.shards), self.config.seed, "counted", source.name)[
+                :COUNTED_SHARDS
+            ].tolist()
+        ]
+        tokens, samples = [0] * len(self.manifests), [0] * len(self.manifests)
+        for (number, shard), catalog in zip(chosen, self._load(chosen), strict=True):
+            tokens[number] += int(catalog.sample_budgets[:, 0].sum())
+            samples[number] += len(catalog.sizes)
+            if sum(samples) <= self.config.block_samples:  # no more than the first block needs of them
+                self._catalogs[number, shard] = catalog
+        for source, total in zip(self.config.sources, tokens, strict=True):
+            if source.weight and not total:
+                raise ConfigError(
+                    f"data.sources.{source.name}: none of its samples can be packed, so data.weight_unit=tokens has no "
+                    "meaning; set its weight to 0"
+                )
+        return [total / count if count else 0 for total, count in zip(tokens, samples, strict=True)]
 
     def block(self, block: int) -> BlockPlan:
         """Return the plan of one block; the latest BLOCKS_KEPT are kept, with the catalogs they need."""
@@ -194,6 +201,7 @@ class Planner:
                 del self._blocks[gone]
                 if self.after and gone == 0:
                     self.after.planner.forget()
+            self.load_catalogs(block)
             self._blocks[block] = self._make(block)
             kept = {key for plan in self._blocks.values() for key in _shards_of(plan)}
             self._catalogs = {key: value for key, value in self._catalogs.items() if key in kept}
@@ -213,29 +221,27 @@ class Planner:
         if source >= len(self.config.sources):
             assert self.after is not None
             return self.after.planner.catalog(source - len(self.config.sources), shard)
-        catalog = self._catalogs[source, shard] = self._load(source, shard)
+        [catalog] = self._load([(source, shard)])
+        self._catalogs[source, shard] = catalog
         return catalog
 
     def source_name(self, source: int) -> str:
         """Return the name of a source by the number that a block plan has."""
         return self.config.sources[source % len(self.config.sources)].name
 
-    def _load(self, source: int, shard: int) -> ShardCatalog:
-        return load_shard_catalog(
-            self.manifests[source],
-            shard,
-            source=self.config.sources[source],
-            tokenizer=self.tokenizer,
-            geometry=self.config.geometry,
-            caps=self.caps,
-            encoder_weights=self.config.packing.encoder_weights,
-        )
+    def _load(self, shards: list[tuple[int, int]]) -> Iterator[ShardCatalog]:
+        return load_catalogs(shards, config=self.config, manifests=self.manifests, tokenizer=self.tokenizer)
 
     def load_catalogs(self, block: int) -> None:
         """Read the metadata that a block needs; `block` does it too, this is for timing the two apart."""
-        for draw in self.mixture.draws(block):
-            for shard in np.unique(self.mixture.order(draw)[0]).tolist():
-                self.catalog(draw.source, shard)
+        needed = {
+            (draw.source, shard): None
+            for draw in self.mixture.draws(block)
+            for shard in np.flatnonzero(np.bincount(self.mixture.order(draw)[0])).tolist()
+        }
+        missing = [key for key in needed if key not in self._catalogs]
+        for key, catalog in zip(missing, self._load(missing), strict=True):
+            self._catalogs[key] = catalog
 
     @property
     def last_step(self) -> int | None:

@@ -7,24 +7,82 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from triweave.data_pipeline.config import SourceConfig
 from triweave.data_pipeline.errors import DataError
-from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.splits import fold_of, group_rows
 
 Int = npt.NDArray[np.int64]
 
 
-def read_labels(manifest: Manifest, shard: int) -> list[dict[str, Any]]:
-    """Return the labels of each sample of a shard. Raises ShardMissingError and ShardDamagedError."""
-    return [json.loads(labels) for labels in read_index(manifest, shard, ["labels"])["labels"].to_pylist()]
+class Selected(NamedTuple):
+    """What a source's split, held-out fold and exchange of media make of its shards; None: as built.
+
+    taken: [P] the part whose medium each part takes. owners: [P] the sample that it is from.
+    outside: [n] samples left out, for `reason`.
+    """
+
+    taken: npt.NDArray[np.int64] | None = None
+    owners: npt.NDArray[np.int64] | None = None
+    outside: npt.NDArray[np.bool_] | None = None
+    reason: str = ""
+
+
+def selecting_columns(source: SourceConfig) -> list[str]:
+    """Return the columns of the index that `select` needs beside those of every plan."""
+    labels = ["labels"] if _selects(source) or source.shuffle_pairs is not None else []
+    return [*labels, "part_xxh3"] if source.shuffle_pairs is not None else labels
+
+
+def select(
+    source: SourceConfig,
+    manifest: Manifest,
+    shards: Sequence[int],
+    indices: Sequence[pa.Table],
+    kinds: npt.NDArray[np.int8],
+    part_starts: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+) -> Selected:
+    """Return what `source` selects of shards.
+
+    indices: their tables, with `selecting_columns`. kinds: [P] modality ids of all their parts. part_starts: [n + 1]
+    where each sample's parts begin. first: where each shard's samples begin, and where the last one's end.
+
+    Raises DataError where a sample has no label to select by.
+    """
+    if not _selects(source) and source.shuffle_pairs is None:
+        return Selected()
+    owner = np.repeat(np.arange(first[-1]), np.diff(part_starts))
+    outside, taken, reason = np.zeros(first[-1], bool), np.arange(len(kinds)), ""
+    for shard, index, start, end in zip(shards, indices, first[:-1], first[1:], strict=True):
+        labels = [json.loads(entry) for entry in index["labels"].to_pylist()]
+        outside[start:end], reason = outside_of(source, manifest, shard, labels)
+        if source.shuffle_pairs is not None:
+            parts = slice(part_starts[start], part_starts[end])
+            taken[parts] = part_starts[start] + exchanged_media(
+                source,
+                shard,
+                kinds=kinds[parts],
+                owners=owner[parts] - start,
+                hashes=pc.list_flatten(index["part_xxh3"]).to_numpy(),
+                labels=labels,
+                outside=outside[start:end],
+            )
+    exchanged = source.shuffle_pairs is not None
+    return Selected(
+        taken if exchanged else None,
+        owner[taken] if exchanged else None,
+        outside if _selects(source) else None,
+        reason,
+    )
 
 
 def outside_of(
@@ -124,3 +182,7 @@ def _without_fixed(order: Int, classes: Int, draws: npt.NDArray[np.uint64]) -> I
         other = int(others[int(draws[item]) % len(others)])
         order[item], order[other] = order[other], order[item]
     return order
+
+
+def _selects(source: SourceConfig) -> bool:
+    return source.split is not None or source.hold_out is not None

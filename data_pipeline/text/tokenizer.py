@@ -25,6 +25,7 @@ import xxhash
 from triweave.data_pipeline.errors import TokenizerError
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.shards.manifest import Manifest, write_atomically
+from triweave.data_pipeline.storage.location import require_local
 from triweave.data_pipeline.text.shard_texts import read_texts
 
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -236,8 +237,9 @@ def train_tokenizer(
     `progress` is called with the number of samples read since its last call.
 
     Raises TokenizerError where the shards hold no text, `vocab_size` is too small or too large for them, or `out_path`
-    cannot be written.
+    is a URL or cannot be written.
     """
+    require_local("--out", out_path, TokenizerError, "a run's `data.tokenizer` is a file")
     if out_path.is_dir():
         raise TokenizerError(f"--out {out_path} is a folder: name a file in it, such as {out_path / 'tokenizer.model'}")
     sample = _TextSample(seed=seed, limit_bytes=sample_bytes)

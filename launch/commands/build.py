@@ -49,7 +49,8 @@ text (docs/corpora.md, "Personal data, secrets, blocklists"):
   --scrub pii       e-mail and IP addresses, telephone numbers, IBANs, payment cards become <EMAIL>, <PHONE>, ...
   --scrub secrets   private keys, access tokens, passwords
   --blocklist FILE  words, domains and media that leave their document out; or module:function
-  --annotate        language (the filters see it), words and parts of speech of Chinese, entities by a spaCy model
+  --annotate        license=SPDX where the files state none, language (the filters see both), words and parts of speech
+                    of Chinese, entities by a spaCy model
 
 near duplicates (docs/corpora.md):
   --dedup text=0.8,image=6   leave out a document whose text and pictures are near those of one earlier in build order;
@@ -72,9 +73,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from triweave.data_pipeline.annotate.registry import annotation_steps
 from triweave.data_pipeline.dedup.near_duplicates import NearDuplicateFinder, near_duplicate_finder, phash_step
 from triweave.data_pipeline.errors import BuildError, SourceError
@@ -90,11 +88,11 @@ from triweave.data_pipeline.shards.steps import DocumentStep
 from triweave.data_pipeline.shards.throughput import read_throughput
 from triweave.data_pipeline.sources.base import Source
 from triweave.data_pipeline.sources.registry import SOURCES
+from triweave.data_pipeline.storage.location import require_local
+from triweave.launch.progress import work_progress
 
 _BYTES_PER_MB = 1 << 20
 _SHOWN_REASONS = 5
-_SPEED_WINDOW_S = 600
-"""What the time that remains is estimated from; a chunk of large rows can take a minute."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +139,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="add labels: language, words (Chinese), entities=SPACY_MODEL, for example --annotate language,words",
+        help="add the corpus's license=SPDX, labels: language, words (Chinese), entities=SPACY_MODEL; for example "
+        "--annotate license=GFDL-1.2-or-later,language",
     )
     copies = parser.add_mutually_exclusive_group()
     copies.add_argument("--keep-duplicates", action="store_true", help="keep documents that are exact copies")
@@ -189,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     source, options = source_and_options(arguments)
     start = time.monotonic()
     try:
-        with _progress_bar() as on_progress:
+        with _progress() as on_progress:
             manifest = build(source, arguments.out, options, on_progress)
     except KeyboardInterrupt:
         print("triweave build: what is encoded is kept; run the same command again to continue", file=sys.stderr)
@@ -200,6 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def source_and_options(arguments: argparse.Namespace) -> tuple[Source, BuildOptions]:
     """Return what the arguments ask to build. Raises DataError for what cannot be."""
+    require_local("--input", arguments.input, SourceError, "copy the corpus into a folder")
     if not math.isfinite(arguments.shard_size_mb):
         raise BuildError(f"--shard-size-mb {arguments.shard_size_mb}: must be a finite number above 0")
     near_duplicates = near_duplicate_finder(arguments.dedup)
@@ -260,26 +260,9 @@ def _by_comma(value: str | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[BuildProgress], None]]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows · {task.fields[rate]:.0f} rows/s · {task.fields[shards]} shards"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=_SPEED_WINDOW_S) as progress:
-
-        def show(state: BuildProgress) -> None:
-            if not progress.tasks:
-                progress.add_task("building", completed=state.rows_done, shards=0, rate=0.0, first=state.rows_done)
-            task = progress.tasks[0]
-            rate = (state.rows_done - task.fields["first"]) / (task.elapsed or 1.0)
-            progress.update(task.id, completed=state.rows_done, total=state.rows_total, shards=state.shards, rate=rate)
-
-        yield show
+def _progress() -> Iterator[Callable[[BuildProgress], None]]:
+    with work_progress("building", "rows") as show:
+        yield lambda state: show(state.rows_done, state.rows_total, f"{state.shards} shards")
 
 
 def _print_result(manifest: Manifest, seconds: float, *, as_json: bool) -> None:

@@ -17,15 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress
 
 from triweave.data_pipeline.storage.location import shown
 from triweave.data_pipeline.storage.push import push
+from triweave.launch.progress import work_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Push and print."""
-    with _progress_bar() as progress:
+    with work_progress("sending") as progress:
         report = push(arguments.shards, arguments.url, overwrite=arguments.overwrite, progress=progress)
     if arguments.json:
         print(json.dumps({"url": shown(arguments.url), **dataclasses.asdict(report)}))
@@ -49,16 +45,3 @@ def run(arguments: argparse.Namespace) -> int:
         + (f", {report.removed} of other shards removed" if report.removed else "")
     )
     return 0
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def show(done: int, total: int) -> None:
-            if not progress.tasks:
-                progress.add_task("sending files")
-            progress.update(progress.tasks[0].id, completed=done, total=total)
-
-        yield show

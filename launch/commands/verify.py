@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from triweave.data_pipeline.shards.verify import VerifyReport, verify
 from triweave.data_pipeline.storage.location import shown
+from triweave.launch.progress import work_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify, repair where asked, name every damaged shard, key and member, and return 1 when there is any."""
     if arguments.repair is not None:
         return _repair(arguments)
-    with _progress_bar("verifying shards") as on_progress:
+    with work_progress("verifying shards") as on_progress:
         report = verify(arguments.shards, on_progress)
     if arguments.json:
         print(json.dumps(_content(report), ensure_ascii=False))
@@ -60,7 +56,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     build.add_arguments(parser)
     asked = parser.parse_args([*arguments.repair, "--out", str(arguments.shards)])
     source, options = build.source_and_options(asked)
-    with _progress_bar("repairing shards") as on_progress:
+    with work_progress("repairing shards") as on_progress:
         result = repair(source, arguments.shards, options, on_progress)
     if arguments.json or asked.json:
         content: dict[str, Any] = {
@@ -95,16 +91,3 @@ def _print(shards: Path, report: VerifyReport) -> None:
         print(damage)
     verdict = f"{len(report.damage)} damaged" if report.damage else "whole"
     print(f"{shown(shards)}: {verdict}; {report.shards} shards, {report.samples} samples looked at")
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def show(done: int, total: int) -> None:
-            if not progress.tasks:
-                progress.add_task(title)
-            progress.update(progress.tasks[0].id, completed=done, total=total)
-
-        yield show

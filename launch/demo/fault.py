@@ -1,7 +1,7 @@
 """`triweave demo fault`: the participation fault of plain DeepSpeed, and what Triweave does on the same data.
 
 Two ranks, one with pictures only and one with sounds only, start under the DeepSpeed launcher, once for each loop of
-`pretrain/engine/fault_demo.py`. How far off a tower is:  |w - w*| / |w* - w0|,  w* being the weights of one plain torch
+`pretrain/bench/fault_demo.py`. How far off a tower is:  |w - w*| / |w* - w0|,  w* being the weights of one plain torch
 process over the same batches and w0 the initial ones.
 
     OUT/LOOP-zeroN.safetensors, .json   weights and losses of each run     OUT/LOOP.log   what its ranks printed
@@ -63,10 +63,10 @@ def run_fault_demo(out: Path, *, update: Callable[[str], None] = lambda _: None)
 
 def _launch(out: Path, loop: str, stages: tuple[int, ...], machine: Machine) -> int:
     """Start one loop under the DeepSpeed launcher and return its exit code."""
-    from triweave.pretrain.engine.fault_demo import RANKS
+    from triweave.pretrain.bench.fault_demo import RANKS
 
     arguments = [loop, str(out.resolve()), *map(str, stages)]
-    script = script_of("triweave.pretrain.engine.fault_demo")
+    script = script_of("triweave.pretrain.bench.fault_demo")
     command = local_command(arguments, machine=machine, ranks=RANKS, port=free_port(), script=script)
     timers: list[threading.Timer] = []
 
@@ -95,7 +95,7 @@ def _compare(out: Path, codes: dict[tuple[str, int], int]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from triweave.pretrain.engine.fault_demo import STEPS, build_model, train_one_process
+    from triweave.pretrain.bench.fault_demo import STEPS, build_model, train_one_process
 
     torch.set_num_threads(1)
     truth, losses = train_one_process()

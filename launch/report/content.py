@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triweave.data_pipeline.storage.location import require_local
 from triweave.launch.errors import ReportError
 from triweave.launch.report.figures import Plot
 from triweave.launch.report.sections import Table
@@ -100,6 +101,7 @@ def content_policy(css: str) -> str:
 
 def write_page(out: Path, page: bytes) -> None:
     """Write a page in one act. Raises ReportError where that cannot be."""
+    require_local("the page", out, ReportError, "copy it there when it is written")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

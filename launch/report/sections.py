@@ -45,13 +45,14 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table. The first `headers` columns name the row, the others are figures, or `words`."""
+    """A table. The first `headers` columns name the row, the others are figures, or `words` after `figures` of them."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     headers: int = 1
     words: bool = False
+    figures: int = 0
 
 
 def key_facts(run: ReportRun) -> list[Fact]:

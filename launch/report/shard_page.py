@@ -115,6 +115,7 @@ def _input_section(stats: ShardStats) -> Section:
                 columns=("Status", "Rows", "Share", "Reason"),
                 rows=reasons,
                 words=True,
+                figures=2,
             )
         )
     return Section(id="input", title="What became of the input", tables=tables)

@@ -34,10 +34,10 @@ from torch import nn
 from triweave.data_pipeline.batch import PackedBatch
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
 from triweave.pretrain.batch import to_device
+from triweave.pretrain.bench.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 from triweave.pretrain.checkpoints.checkpoint import CheckpointSaver
 from triweave.pretrain.config import RunConfig, load_config
 from triweave.pretrain.engine.config import deepspeed_config
-from triweave.pretrain.engine.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 from triweave.pretrain.engine.optimizer import group_parameters
 from triweave.pretrain.engine.world import World, close_world, leave, open_world
 from triweave.pretrain.engine.zero import Engine
@@ -67,8 +67,8 @@ class StepFigures:
     """Medians of one ZeRO stage; times of a turn in seconds.
 
     spine_over_bare: ratio of the times within a turn; fsdp2_over_bare likewise, None below ZeRO 3. bytes_per_param: of
-        tensors before the update, on rank 0; formula_bytes_per_param: by `engine.memory.state_bytes_per_parameter`, at
-        ZeRO 1 and 2 with the gradients of `engine.memory.straddling_bytes`.
+        tensors before the update, on rank 0; formula_bytes_per_param: by `bench.memory.state_bytes_per_parameter`, at
+        ZeRO 1 and 2 with the gradients of `bench.memory.straddling_bytes`.
     """
 
     stage: int

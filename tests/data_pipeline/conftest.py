@@ -192,9 +192,18 @@ def concept_records(path: Path, concepts: int = 14) -> Path:
 @pytest.fixture(scope="session")
 def concept_data(tmp_path_factory: pytest.TempPathFactory) -> ConceptData:
     """42 documents of 14 concepts in one shard, with labels `group`, `split` and `number`, and token counts."""
-    folder = tmp_path_factory.mktemp("concepts")
+    return _built_concepts(tmp_path_factory.mktemp("concepts"), BuildOptions())
+
+
+@pytest.fixture(scope="session")
+def concepts_in_shards(tmp_path_factory: pytest.TempPathFactory) -> ConceptData:
+    """The documents of `concept_data` in several shards."""
+    return _built_concepts(tmp_path_factory.mktemp("several"), BuildOptions(shard_size_bytes=20_000))
+
+
+def _built_concepts(folder: Path, options: BuildOptions) -> ConceptData:
     records = concept_records(folder / "concepts.jsonl")
-    manifest = build(ManifestSource(root=records), folder / "shards", BuildOptions())
+    manifest = build(ManifestSource(root=records), folder / "shards", options)
     train_tokenizer([manifest], 500, folder / "tokenizer.model")
     write_token_counts(manifest, folder / "tokenizer.model")
     return ConceptData(shards=folder / "shards", tokenizer=folder / "tokenizer.model")

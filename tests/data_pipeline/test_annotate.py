@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.shards.media_encoder import MediaEncoder, MediaOptions
 from triweave.data_pipeline.shards.schema import Document, TextPart, document_from_json
 from triweave.data_pipeline.shards.verify import verify
+from triweave.data_pipeline.sources.base import FilteredError
 from triweave.launch.cli import main
 
 CHINESE = "小鸟在树枝上唱歌。"
@@ -58,6 +60,19 @@ def test_what_the_corpus_says_goes_before_what_is_detected() -> None:
     assert step.apply(document("123")).labels == {"detected_language": "und"}
     silent = document()
     assert step.apply(silent) is silent
+
+
+def test_a_licence_is_stated_where_there_is_none() -> None:
+    (step,) = annotation_steps(["license=GFDL-1.3-or-later OR GPL-2.0+"])
+    silent = document("text")
+    stated = replace(silent, source={"corpus": "birds", "license": "CC0-1.0"})
+    assert step.apply(silent).source == {"license": "GFDL-1.3-or-later OR GPL-2.0+"}
+    assert step.apply(stated).source == stated.source
+    assert step.before_filters
+    rules = FilterOptions(licenses=("GFDL-1.3-or-later OR GPL-2.0+",))
+    with pytest.raises(FilteredError, match="licens"):
+        filtered(silent, rules)
+    assert filtered(step.apply(silent), rules).source["license"] == "GFDL-1.3-or-later OR GPL-2.0+"
 
 
 def test_words_point_into_their_text() -> None:
@@ -141,7 +156,7 @@ def test_wrong_use_is_one_line(asked: str) -> None:
 
 def test_steps_have_the_names_of_the_registry() -> None:
     assert [step.name for step in annotation_steps(["words,language"])] == ["language", "words"]
-    assert set(ANNOTATORS) == {"language", "words", "entities"}
+    assert set(ANNOTATORS) == {"license", "language", "words", "entities"}
 
 
 def test_annotations_go_when_the_text_or_the_parts_change(picture: Any) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from triweave.data_pipeline.errors import BuildError
 from triweave.data_pipeline.shards.build import BuildOptions, build
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.sources.folder import FolderSource
+from triweave.launch.machine import free_port
 
 numbers = builds.numbers
 expected = builds.expected
@@ -101,10 +101,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder, ExitStack() as stack:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{listener.getsockname()[1]}"
-        places = {"head": ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false"]}
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+        places = {"head": ["--head", "--port", str(port), "--include-dashboard", "false"]}
         places["second"] = ["--address", address]
         for name, place in places.items():
             options = ["--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--temp-dir", f"{folder}/{name}", "--block"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_no_changed_byte_gets_an_index(tiny_shards: Manifest, tmp_path: Path) ->
     tar.write_bytes(whole[: start + 5])
     with pytest.raises(ShardDamagedError, match=r"changed\.tar ends within"):
         write_indices(tar, tmp_path / "a", tmp_path / "b")
+
+
+def test_members_that_no_description_has_are_refused(tiny_shards: Manifest, tmp_path: Path) -> None:
+    """Whole by their own checksums: a folder, and a file that counts to the last sample."""
+    last = read_index(tiny_shards, 0).to_pylist()[-1]
+    whole = tiny_shards.tar_path(0).read_bytes()[: last["offset"] + last["size"]]
+    tar, member = tmp_path / "more.tar", tarfile.TarInfo(f"{last['key']}.more")
+    for kind, said in (
+        (tarfile.DIRTYPE, r"member of type b'5'"),
+        (tarfile.REGTYPE, f"sample {last['key']} is damaged"),
+    ):
+        member.type = kind
+        tar.write_bytes(whole + member.tobuf(tarfile.USTAR_FORMAT) + bytes(2 * tarfile.BLOCKSIZE))
+        with pytest.raises(ShardDamagedError, match=said):
+            write_indices(tar, tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from triweave.data_pipeline.media.geometry import MediaGeometry, MediaInfo
 from triweave.data_pipeline.media.modalities import MODALITIES
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.splits import SPLITS, fold_of
+from triweave.data_pipeline.stream import metadata
 from triweave.data_pipeline.stream.layout import row_pieces
 from triweave.data_pipeline.stream.loader import StepLoader, StepWindow
 from triweave.data_pipeline.stream.plan import Planner
@@ -116,6 +117,36 @@ def payload_items(stream: list[StepWindow]) -> Counter[tuple[str, bytes]]:
                 borders = np.cumsum(payload.lengths)[:-1]
                 items.update((name, values.tobytes()) for values in np.split(payload.values, borders))
     return items
+
+
+@pytest.mark.parametrize(
+    "source", [{}, {"split": "train"}, {"hold_out": "1/3"}, {"shuffle_pairs": 3, "split": "train"}]
+)
+def test_catalogs_made_together_are_those_made_one_by_one(
+    concepts_in_shards: Any, monkeypatch: pytest.MonkeyPatch, source: dict[str, Any]
+) -> None:
+    def catalogs() -> list[dict[str, Any]]:
+        planner = Planner(config_of(concepts_in_shards, **source))
+        planner.load_catalogs(0)
+        shards = len(planner.manifests[0].shards)
+        assert shards > 3
+        found = [planner.catalog(0, shard) for shard in range(shards)]
+        return [{item.name: getattr(own, item.name) for item in fields(own)} for own in found]
+
+    together = catalogs()
+    monkeypatch.setattr(metadata, "BATCH_SAMPLES", 1)
+    for shared, alone in zip(together, catalogs(), strict=True):
+        for name, value in alone.items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(shared[name], value, name)
+            elif name == "left_out":  # made together, a shard also has the reasons of the others, which count nothing
+                assert {reason for reason, counts in value.items() if counts.any()} == {
+                    reason for reason, counts in shared[name].items() if counts.any()
+                }
+                for reason, counts in value.items():
+                    np.testing.assert_array_equal(shared[name][reason], counts)
+            else:
+                assert shared[name] == value
 
 
 def test_exchanged_media_keep_texts_and_lose_nothing(concept_data: Any) -> None:

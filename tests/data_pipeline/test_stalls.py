@@ -51,7 +51,7 @@ def slow_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     elif stage == "tokenise":
         slow_down(monkeypatch, SentencePieceTokenizer, "encode", CALL_S)
     elif stage == "decode":
-        slow_down(monkeypatch, loader_module.PieceMaker, "_decode_medium", CALL_S)
+        slow_down(monkeypatch, loader_module.PieceMaker, "_decoded", CALL_S)
     elif stage == "packing":
         slow_down(monkeypatch, loader_module, "collate", BATCH_S)
     else:

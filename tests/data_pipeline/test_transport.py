@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,12 @@ def alive(process: int) -> bool:
         return False
 
 
+def blocks_sigterm(process: int) -> bool:
+    """Return whether a process blocks SIGTERM, which a loader worker does first of all."""
+    (mask,) = re.findall(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) & 1 << (signal.SIGTERM - 1))
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_rank(stream_data: Any, ending: signal.Signals) -> None:
     command = [sys.executable, "-c", ENDLESS, str(stream_data.birds), str(stream_data.tokenizer)]
@@ -175,7 +182,10 @@ def test_a_sigterm_to_everybody_leaves_the_workers_to_their_rank(stream_data: An
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "2 0\n"
-        time.sleep(1.5)  # both workers are prepared
+        deadline = time.monotonic() + 60
+        while not all(map(blocks_sigterm, children_of(process.pid))):
+            assert time.monotonic() < deadline, "workers are not prepared"
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGTERM)
         rows = [int(line.split()[0]) for line in process.stdout]
         assert process.wait(timeout=30) == 0, process.stderr.read()

@@ -119,6 +119,28 @@ def test_wrong_use_is_one_line_and_2(corpus: Path, tmp_path: Path, capsys: pytes
     assert raised.value.code == 2
 
 
+def test_results_are_written_on_this_machine(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No command takes `s3://bucket/x` for a folder of that name and says that it is done."""
+    monkeypatch.chdir(tmp_path)
+    assert main(build(corpus, Path("shards"))) == 0
+    before = set(tmp_path.iterdir())
+    url = "s3://bucket/x"
+    capsys.readouterr()
+    for arguments, message in (
+        (build(corpus, Path(url)), "then `triweave push FOLDER URL`"),
+        (build(Path(url), Path("y")), "--input s3://bucket/x: must be on this machine"),
+        (["export", "shards", "--to", "llava", "--out", url], "--out s3://bucket/x: must be on this machine"),
+        (["fetch", "asterisk", "--out", url], "--out s3://bucket/x: must be on this machine"),
+        (["tokenizer", "train", "shards", "--vocab-size", "300", "--out", url], "must be on this machine"),
+        (["stats", "shards", "--html", f"{url}.html"], "s3://bucket/x.html: must be on this machine"),
+    ):
+        assert main(arguments) == 2, arguments
+        assert_one_line(capsys, message)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_fetch_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = tmp_path / "stamps"
     given.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from triweave.launch.cli import main
-from triweave.pretrain.engine.fault_demo import FEATURES, RANKS, batch_of
+from triweave.pretrain.bench.fault_demo import FEATURES, RANKS, batch_of
 
 
 def test_the_ranks_hold_unlike_modalities_of_equal_size() -> None:

@@ -32,16 +32,23 @@ from triweave.pretrain.ledger.consumed import world_sizes
 
 LAUNCH = (sys.executable, "-m", "triweave.launch.cli", "launch")
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+NO_PROCESS = 0
+"""No process of Linux has this id."""
 PLACES = tuple(Place(machine="here", slot=slot) for slot in range(3))
 
 
-def leave_beats(run_dir: Path, **phases: tuple[str, float]) -> None:
-    """Leave the last beats of ranks: r0=(phase, seconds by the clock)."""
+def leave_beats(run_dir: Path, *, gone: tuple[int, ...] | None = None, **phases: tuple[str, float]) -> None:
+    """Leave the last beats of ranks: r0=(phase, seconds by the clock).
+
+    gone: which of them have ended; all are on this machine then, else on one that nothing is known of.
+    """
+    host = "elsewhere" if gone is None else socket.gethostname()
     (run_dir / "health").mkdir(exist_ok=True)
     for name, (phase, time_s) in phases.items():
         rank = int(name[1:])
-        beat = Beat(rank=rank, ranks=3, host="elsewhere", pid=7, step=3, phase=phase, collective="gather",
-                    collectives=12, waiting=True, time_s=time_s)  # fmt: skip
+        pid = NO_PROCESS if rank in (gone or ()) else os.getpid()
+        beat = Beat(rank=rank, ranks=3, host=host, pid=pid, step=3, phase=phase, collective="gather", collectives=12,
+                    waiting=True, time_s=time_s)  # fmt: skip
         (run_dir / "health" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(beat)))
 
 
@@ -59,6 +66,21 @@ def test_the_rank_that_failed_is_known_by_its_last_sign(tmp_path: Path, phases, 
     watch = RankWatch(tmp_path, ranks=3, stall_s=0, asked=[])  # what stands there is of a start before
     leave_beats(tmp_path, **phases)
     assert watch.failed_rank() == failed
+
+
+def test_of_those_that_said_nothing_the_first_that_was_gone_has_failed(tmp_path: Path, monkeypatch) -> None:
+    """A killed rank takes others with it, which the launcher kills as well."""
+    monkeypatch.setattr("triweave.launch.supervisor.LOOK_S", 0.0)
+    watch = RankWatch(tmp_path, ranks=3, stall_s=0, asked=[])
+    phases = {"r0": ("update", 9.0), "r1": ("update", 9.1), "r2": ("ended by RuntimeError", 9.2)}
+    for gone in ((1,), (0, 1, 2)):
+        leave_beats(tmp_path, gone=gone, **phases)
+        assert not watch.stalled()
+    assert watch.failed_rank() == 1
+    together = RankWatch(tmp_path, ranks=3, stall_s=0, asked=[])
+    leave_beats(tmp_path, gone=(0, 1, 2), **{name: (phase, time_s + 1) for name, (phase, time_s) in phases.items()})
+    assert not together.stalled()
+    assert together.failed_rank() is None
 
 
 def test_a_place_is_lost_when_its_rank_fails_twice_in_a_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from triweave.launch.cli import main
+from triweave.launch.machine import free_port
 from triweave.launch.metrics import read_metrics
 
 LAUNCH = (sys.executable, "-m", "triweave.launch.cli", "launch")
@@ -190,8 +191,9 @@ def test_plain_deepspeed_gives_the_same_losses_and_a_second_launch_is_refused_in
     losses = {step: entry["loss"] for step, entry in read_metrics(run_dir).items()}
     script = Path(__file__).parents[2] / "pretrain" / "train.py"
     other = run_dir.parent / "plain"
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", "29871", script]
-    subprocess.run([*command, tiny_run, "--resume", f"run_dir={other}"], env=ENVIRONMENT, check=True, timeout=300)
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2"]
+    words = ["--master_port", str(free_port()), script, tiny_run, "--resume", f"run_dir={other}"]
+    subprocess.run([*command, *words], env=ENVIRONMENT, check=True, timeout=300)
     assert {step: entry["loss"] for step, entry in read_metrics(other).items()} == losses
     again = launch(tiny_run, "--num-ranks", "1")
     assert again.returncode == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -234,6 +236,12 @@ def _kill_at_flush(number: int) -> None:
         real(descriptor)
 
     os.fsync = flush
+
+
+def hear_spine(world: Any, **arguments: Any) -> tuple[str, str]:
+    """Run the training program on this rank; return an error's text or '', and what it has said."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return run_spine(world, **arguments), said.getvalue()
 
 
 def run_spine(

@@ -80,5 +80,3 @@ def run_spine(
         return "finished" if train(load_config(config, list(overrides)), resume=resume) else "stopped"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        del os.environ[NAN_AT_STEP]

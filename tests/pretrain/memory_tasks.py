@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from siblings import load_sibling
 
+from triweave.pretrain.bench.memory import tensor_bytes
 from triweave.pretrain.bench.step import SMALL_BUCKETS
-from triweave.pretrain.engine.memory import tensor_bytes
 from triweave.pretrain.engine.optimizer import group_parameters
 from triweave.pretrain.engine.zero import Engine
 

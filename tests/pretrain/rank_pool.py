@@ -19,7 +19,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,8 +26,11 @@ import traceback
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from siblings import load_path as load
+
+from triweave.launch.machine import free_port
 
 TASK_TIMEOUT_S = 240
 PRELOADED = ["triweave.pretrain.train", "deepspeed", "torch._inductor.compile_fx", "torch.utils.tensorboard"]
@@ -66,9 +68,7 @@ class RankPool:
     def __init__(self, nursery: Nursery, size: int) -> None:
         self.size = size
         authkey = secrets.token_hex(16)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         listener = Listener(("127.0.0.1", 0), authkey=authkey.encode())
         address = f"127.0.0.1:{listener.address[1]}"
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -152,7 +152,8 @@ def work(address: str, authkey: str) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = (True, getattr(load(module), function)(world, **arguments))
+            with patch.dict(os.environ):  # what a task sets there is not for the next one
+                answer = (True, getattr(load(module), function)(world, **arguments))
         except Exception:
             answer = (False, traceback.format_exc())
         connection.send(answer)

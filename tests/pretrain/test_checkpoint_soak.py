@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ import test_resume_soak as resume
 
 from triweave.data_pipeline.storage.client import client_of, forget_clients
 from triweave.data_pipeline.storage.location import is_remote, object_location
+from triweave.launch.machine import free_port
 from triweave.pretrain.checkpoints.checkpoint import list_checkpoints, read_checkpoint, step_of
 from triweave.pretrain.ledger.audit import audit
 from triweave.pretrain.ledger.consumed import next_attempt
@@ -159,13 +159,11 @@ def start(config: Path, run_dir: Path, log: Path, layout: tuple[int, int], locat
     ranks, stage = layout
     words = [str(config), f"run_dir={run_dir}", "--resume", f"train.steps={STEPS}", f"train.zero_stage={stage}",
              "checkpoint.every_steps=1", "checkpoint.keep=2", f"checkpoint.location={location}", *MODEL]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared: dict[str, Any] = {
         name: value for name, value in os.environ.items() if name.startswith(("AWS_", "TRIWEAVE_"))
     }
-    shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["OMP_NUM_THREADS"] = "1"
     processes: list[BaseProcess] = []
     sys.path.insert(0, str(Path(__file__).parent))  # where a new process finds the function it is to run
     try:

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import spine_runs as spine
 import torch
+from siblings import load_sibling
 from test_fusion import CROSS, MMCA, build, gradients  # noqa: F401 - build is a fixture
 
 from triweave.pretrain.engine.compile import compile_blocks
 from triweave.pretrain.errors import PretrainError
 
-HERE = Path(__file__).parent
+THIS = Path(__file__)
+HERE = THIS.parent
 TASKS = HERE / "engine_tasks.py"
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def counted_programs() -> Iterator[Callable[[], int]]:
+    """Return how many programs the compiler has made within the block; what was made and set there goes with it."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    before = (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=False),
+        functorch.patch(enable_autograd_cache=True),
+        inductor.patch(fx_graph_cache=True),
+    )
+    with before[0], before[1], before[2]:
+        yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def train_compiled(world: Any, **case: Any) -> dict[str, Any]:
+    """Run inside ranks: engine_tasks.train_case with compiled blocks, and how many programs those have taken."""
+    with counted_programs() as programs:
+        answer = load_sibling("engine_tasks").train_case(world, compile=True, **case)
+        return {**answer, "programs": programs()}
 
 
 @pytest.mark.slow
@@ -27,8 +58,9 @@ def test_compiled_blocks_train_as_plain_ones(rank_pool, stage: int) -> None:
     case = {"case": "nobody_has_audio", "zero_stage": stage, "accumulation": 2, "steps": 4, "deepspeed": gathered}
     pool = rank_pool.pool(2)
     plain = pool.run(TASKS, "train_case", **case)
-    made = pool.run(TASKS, "train_case", **case, compile=True)
+    made = pool.run(THIS, "train_compiled", **case)
     for wanted, found in zip(plain, made, strict=True):
+        assert 1 <= found["programs"] <= 2, "the first shape's and that of any shape, for all blocks"
         np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=0, atol=1e-6 * wanted["losses"][0])
         for one, other in zip(wanted["snapshots"], found["snapshots"], strict=True):
             assert one["pieces"].keys() == other["pieces"].keys()
@@ -46,17 +78,19 @@ def test_one_program_serves_every_batch_of_a_fusion(build, synthetic, fusion) ->
     """More kinds of batches than the compiler makes programs: media of any number, recomputed activations."""
     options = {"activation_checkpointing": True, "layers": 1}
     plain, compiled = build(fusion, **options), build(fusion, **options)
-    compile_blocks(compiled, zero_stage=1, device=CPU)
-    for seed in range(10):
-        rows = [("image",) * (seed % 4), ("audio",) * (seed % 3)]
-        batch = synthetic.make_batch(rows, length=48, seed=seed)
-        guards = frozenset(synthetic.FEATURES) - set(batch.payloads)
-        wanted, wanted_gradients = gradients(plain, batch, guards)
-        found, found_gradients = gradients(compiled, batch, guards)
-        assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-6)
-        for name, gradient in wanted_gradients.items():
-            largest = float(gradient.abs().max())
-            torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=1e-6 * largest, msg=name)
+    with counted_programs() as programs:
+        compile_blocks(compiled, zero_stage=1, device=CPU)
+        for seed in range(10):
+            rows = [("image",) * (seed % 4), ("audio",) * (seed % 3)]
+            batch = synthetic.make_batch(rows, length=48, seed=seed)
+            guards = frozenset(synthetic.FEATURES) - set(batch.payloads)
+            wanted, wanted_gradients = gradients(plain, batch, guards)
+            found, found_gradients = gradients(compiled, batch, guards)
+            assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-6)
+            for name, gradient in wanted_gradients.items():
+                largest = float(gradient.abs().max())
+                torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=1e-6 * largest, msg=name)
+        assert 1 <= programs() < 10, "fewer than batches"
 
 
 @pytest.mark.slow
@@ -74,11 +108,13 @@ def test_a_compiled_run_is_resumed_to_the_bit_by_a_new_process(run_config, tmp_p
     words = ("train.compile=true", "train.zero_stage=3", gathered, "train.steps=4", "checkpoint.every_steps=2")
     straight, again = tmp_path / "straight", tmp_path / "again"
     first = spine.run_program(run_config, straight, *words)
-    assert first.wait(200) == 0, first.communicate()
+    _, said = first.communicate(timeout=200)
+    assert first.returncode == 0, said
     shutil.copytree(straight, again)
     shutil.rmtree(spine.list_checkpoints(again)[-1])
     second = spine.run_program(run_config, again, *words, "--resume")
-    assert second.wait(200) == 0, second.communicate()
+    _, said = second.communicate(timeout=200)
+    assert second.returncode == 0, said
     assert [line["loss"] for line in spine.metrics(again)] == [line["loss"] for line in spine.metrics(straight)]
     assert spine.files_of(again) == spine.files_of(straight)
 

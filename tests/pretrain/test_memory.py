@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from triweave.launch.cli import main
+from triweave.pretrain.bench.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 from triweave.pretrain.bench.step import SMALL_BUCKETS
-from triweave.pretrain.engine.memory import state_bytes_per_parameter, straddling_bytes, tensor_bytes
 
 
 @pytest.mark.parametrize(

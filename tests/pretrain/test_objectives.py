@@ -292,6 +292,16 @@ def test_a_restored_balance_decides_the_same():
         other.restore(first.state())
 
 
+def test_the_judge_hears_weighed_losses_or_weighed_shares_of_the_first_ones():
+    """Objectives without rows in the step count with what they had last."""
+    every_step, drawn = balance(), balance(schedule="loss")
+    assert drawn.level({}) == 1 + 2 + 1
+    for one in (every_step, drawn):
+        one.observe({"a": 2.0, "b": 4.0, "c": 8.0})
+    assert every_step.level({"b": 3.0}) == 2 + 2 * 3 + 8
+    assert drawn.level({"b": 3.0}) == 1 + 2 * 3 / 4 + 1
+
+
 def test_what_was_decided_before_is_done_again():
     """Behind the restored state, as long as the settings are the same; later steps are decided anew."""
     names = ("a", "b", "c")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import runpy
-import socket
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from rank_pool import PRELOADED
 
+from triweave.launch.machine import free_port
 from triweave.pretrain.engine.participation import gradient_parameters, name_samples, tie_zero
 
 TASKS = Path(__file__).with_name("participation_tasks.py")
@@ -165,10 +165,7 @@ def test_a_breach_at_entry_beside_a_slice_of_the_same_rows_ends_all_ranks(start_
 
 
 def _ends_all_ranks(start_rank, tmp_path, case, fault, tower, guilty, ranks, **settings):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {"ranks": ranks, "port": port, "folder": str(tmp_path), "fault": fault, "tower": tower}
+    job = {"ranks": ranks, "port": free_port(), "folder": str(tmp_path), "fault": fault, "tower": tower}
     processes = [start_rank(rank=rank, case=case, guilty=guilty, **job, **settings) for rank in range(ranks)]
     started = time.monotonic()
     for rank, process in enumerate(processes):

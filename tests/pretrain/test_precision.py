@@ -36,6 +36,7 @@ def test_the_scale_halves_on_overflow_and_doubles_after_so_many_updates_without(
         seen.append(scale.scale)
     assert seen == [4, 2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 8]
     assert scale.can_fall
+    assert not LossScale(LossScaleConfig(initial=2, least=2)).can_fall
     highest = LossScale(LossScaleConfig(initial=LARGEST, grow_every=1))
     highest.held()
     assert highest.scale == LARGEST

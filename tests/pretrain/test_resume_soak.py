@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import pytest
 import spine_runs as spine
 from rank_pool import PRELOADED
 
+from triweave.launch.machine import free_port
 from triweave.pretrain.checkpoints.checkpoint import newest_checkpoint
 from triweave.pretrain.engine.world import leave
 from triweave.pretrain.ledger.audit import audit
@@ -177,10 +177,8 @@ def start(config: Path, run_dir: Path, log: Path, layout: tuple[int, int, int], 
     words = [str(config), f"run_dir={run_dir}", "--resume", f"train.steps={STEPS}", f"train.zero_stage={stage}",
              f"checkpoint.every_steps={every_steps}", "checkpoint.keep=2", f"data.workers={workers}",
              f"data.schedule={json.dumps(SCHEDULE)}"]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["OMP_NUM_THREADS"] = "1"
     processes: list[BaseProcess] = []
     for rank in range(ranks):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

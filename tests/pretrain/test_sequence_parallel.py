@@ -18,6 +18,7 @@ import pytest
 import torch
 from spine_runs import HALF, STEPS, consumed, files_of, metrics
 
+from triweave.data_pipeline.batch import PADDING_ID
 from triweave.data_pipeline.config import DataConfig, PackingConfig, SourceConfig
 from triweave.pretrain.batch import ATTENTION_TILES, as_read, kernel_tables, to_device
 from triweave.pretrain.config import RunConfig
@@ -63,6 +64,7 @@ def test_shares_are_even_to_one():
 def test_slices_are_the_whole(make_batch, ranks):
     """Every position, target and media token is in one slice; items are whole where a part of them is."""
     batch = make_batch([("image", "audio"), ("audio",), None], length=49, seed=3)
+    batch = replace(batch, row_source=(np.arange(len(batch.row_index)) % 3).astype(np.int16))
     tables = kernel_tables(ModelConfig(), torch.device("cpu"), torch.float32)
     pieces = [Slicer(place=place, ranks=ranks, tables=tables)(batch) for place in range(ranks)]
     for name in ("tokens", "positions", "span_ids"):
@@ -100,6 +102,7 @@ def test_widened_rows_have_the_tables_of_their_modalities(make_batch):
     batch.extra.update(tables(batch))
     piece = Slicer(place=0, ranks=60, tables=tables)(batch)
     read = as_read(piece)
+    assert (read.modality_ids[:, 49:] == PADDING_ID).all()
     wanted = tables.of(read.kv_lo, read.kv_hi, read.modality_ids)
     assert piece.extra[ATTENTION_TILES].keys() == wanted.keys()
     for name, table in wanted.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from triweave.pretrain.checkpoints.checkpoint import list_checkpoints
 from triweave.pretrain.ledger.audit import audit
 from triweave.pretrain.ledger.consumed import read_consumed
 from triweave.pretrain.train import main
+
+HERE = Path(__file__).parent
 
 
 def test_a_run_is_recorded(straight):
@@ -48,6 +51,26 @@ def test_ten_and_ten_are_twenty(train, straight, tmp_path, workers):
     proof = audit(tmp_path, same_as=straight)
     assert proof.exact, proof.problems
     assert (proof.rows, proof.world_sizes) == (4 * STEPS, (2, 2))
+
+
+@pytest.mark.parametrize("asked", [STEPS, HALF])
+def test_a_finished_run_says_so_and_stays_as_it_is(rank_pool, run_config, straight, asked):
+    """No attempt begins, and neither ledger, metrics, config.yaml nor checkpoints change; the heartbeats may."""
+
+    def kept() -> dict[Path, tuple[int, bytes]]:
+        files = (path for path in straight.rglob("*") if path.is_file() and "health" not in path.parts)
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = kept()
+    overrides = [f"run_dir={straight}", f"train.steps={asked}"]
+    arguments = {"config": str(run_config), "overrides": overrides, "resume": True}
+    (error, said), (_, silence) = rank_pool.pool(2).run(HERE / "checkpoint_tasks.py", "hear_spine", **arguments)
+    assert error == silence == ""
+    assert said == (
+        f"triweave train: nothing to do: {list_checkpoints(straight)[-1]} has step {STEPS}, and train.steps={asked}; "
+        f"set that above {STEPS} to go on\n"
+    )
+    assert kept() == before
 
 
 @pytest.mark.slow

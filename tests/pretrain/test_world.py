@@ -37,6 +37,19 @@ def agreements(world) -> dict[str, object]:
     return found
 
 
+def set_a_variable(world) -> str | None:  # noqa: ARG001
+    """Run inside ranks: return what the environment had, and change it."""
+    before = os.environ.get("TRIWEAVE_NAN_AT_STEP")
+    os.environ["TRIWEAVE_NAN_AT_STEP"] = "1:0"
+    return before
+
+
+def test_what_a_task_sets_in_the_environment_of_a_rank_goes_with_it(rank_pool):
+    """Else the runs of a later test would have its faults and stores."""
+    for _ in range(2):
+        assert rank_pool.pool(2).run(THIS, "set_a_variable") == [None, None]
+
+
 def test_half_a_launcher_environment_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -19,11 +19,8 @@ INTERPRETER = Path(__file__).parents[1] / "kernels" / "interpreter.py"
 def run_with(world: Any, *, config: str, overrides: Sequence[str], kernels: str) -> None:  # noqa: ARG001
     """Train on this rank with TRIWEAVE_KERNELS=kernels, Triton interpreted."""
     os.environ["TRIWEAVE_KERNELS"] = kernels
-    try:
-        with interpreted_triton():
-            train(load_config(config, list(overrides)))
-    finally:
-        del os.environ["TRIWEAVE_KERNELS"]
+    with interpreted_triton():
+        train(load_config(config, list(overrides)))
 
 
 def interpreted_triton() -> contextlib.AbstractContextManager[Callable[[str], Any]]:

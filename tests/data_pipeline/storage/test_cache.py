@@ -153,7 +153,8 @@ def test_a_request_that_failed_is_sent_again_for_each_of_its_pages(store: Any, m
     store.store("corpora/x.tar", data)
     ranges, x = RemoteRanges(StorageSettings.from_environment()), object_location("s3://corpora/x.tar")
     with monkeypatch.context() as broken:
-        broken.setattr(ObjectClient, "range", lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
+        for name in ("first", "range"):
+            broken.setattr(ObjectClient, name, lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
         with pytest.raises(StorageError, match="no answer"):
             ranges.read(x, 0, 2 * PAGE)
     assert bytes(ranges.read(x, PAGE, PAGE)) == data[PAGE:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from triweave.data_pipeline.errors import StorageError
 from triweave.data_pipeline.shards.index import read_index
 from triweave.data_pipeline.shards.manifest import Manifest
 from triweave.data_pipeline.storage.counters import storage_counts
+from triweave.data_pipeline.storage.files import CHECKED_READS
 from triweave.data_pipeline.storage.push import push
 from triweave.data_pipeline.stream.reader import CorruptSampleError, ShardReader
 
@@ -150,18 +152,30 @@ def test_the_deadline_ends_a_store_that_is_always_busy(
 def test_radosgw_through_mixed_faults(
     ceph: Any, fault_proxy: Callable[[str], AbstractContextManager[Any]], use_store: Any, stream_data: Any
 ) -> None:
-    """Five passes with an empty cache and one, every fourth answer spoiled by a seeded draw."""
+    """Five passes with an empty cache and one, every fourth answer spoiled by a seeded draw.
+
+    An object's bytes are flipped at most twice in a pass: three times in a row would be damage, and rightly so.
+    """
+    flips: Counter[str] = Counter()
+
+    def choose(request: Any) -> str | None:
+        fault = draw.choice(FAULTS) if draw.random() < 0.25 else None
+        if fault == "flip":
+            flips[request.path] += 1
+        return fault if fault != "flip" or flips[request.path] < CHECKED_READS else None
+
     use_store(ceph.environment)
     push(stream_data.birds, "s3://corpora/faults")
     expected = local_samples(stream_data.birds)
     draw = random.Random(11)
     with fault_proxy(ceph.endpoint) as proxy:
         use_store(ceph.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}, CACHE_GB=0, S3_TIMEOUT_S=0.4)
-        proxy.choose = lambda _: draw.choice(FAULTS) if draw.random() < 0.25 else None
+        proxy.choose = choose
         before = storage_counts()
         for passes in range(5):
             if passes == 4:
                 os.environ["TRIWEAVE_CACHE_GB"] = "1"
+            flips.clear()
             assert read_all("s3://corpora/faults") == expected
         counts = storage_counts() - before
     assert set(proxy.done) == set(FAULTS)

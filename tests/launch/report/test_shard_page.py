@@ -103,6 +103,7 @@ def test_damaged_samples_are_counted(shards: Manifest, tmp_path: Path) -> None:
 
 
 def test_the_page_says_how_even_and_how_fast(page: str) -> None:
+    assert re.search(r'<th scope="row" class="name">filtered</th><td>\d+</td><td>[\d.]+ %</td><td class="words">', page)
     for words in ("Who and what is represented", "effective number", "label language", "site0.example", "Throughput"):
         assert words in page
     assert "Level of the clips" in page

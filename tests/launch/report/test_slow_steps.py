@@ -42,6 +42,10 @@ def test_what_is_left_goes_to_the_start_or_to_a_save():
     assert causes(step_s=2.0, loader={}) == {"the process had just started": pytest.approx(1.0)}
     assert causes(step_s=2.0, checkpoint={"step": 9}) == {"a checkpoint was being written": pytest.approx(1.0)}
     assert causes(step_s=2.0) == {}
+    told_later = [
+        entry(step, step_s=1.0 + (step == 9), **({"checkpoint": {}} if step == 10 else {})) for step in range(1, 21)
+    ]
+    assert dict(slow_steps(told_later)[0].causes) == {"a checkpoint was being written": pytest.approx(1.0)}
 
 
 def test_the_slowest_come_first():

@@ -1,8 +1,8 @@
 """What `triweave demo fault` runs in its ranks: one model and one data set under three training loops.
 
-    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py plain OUT 1 2         a plain DeepSpeed loop
-    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py triweave OUT 0 1 2 3  Triweave's engine
-    deepspeed --num_accelerators 2 pretrain/engine/fault_demo.py broken OUT 1 2 3      of a model that never guards
+    deepspeed --num_accelerators 2 pretrain/bench/fault_demo.py plain OUT 1 2         a plain DeepSpeed loop
+    deepspeed --num_accelerators 2 pretrain/bench/fault_demo.py triweave OUT 0 1 2 3  Triweave's engine
+    deepspeed --num_accelerators 2 pretrain/bench/fault_demo.py broken OUT 1 2 3      of a model that never guards
 
 The numbers are the ZeRO stages to train at.
 

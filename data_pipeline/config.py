@@ -93,6 +93,9 @@ class PackingConfig:
     encoder_weights: dict[str, float] = field(default_factory=dict)
     """Modality -> work of its encoder for one media token, in tokens of the trunk; 1 for those that are not named. Part
     of the estimated cost that rows are dealt to ranks by."""
+    attention_cost_tokens: int = 2048
+    """Length of a document at which its attention costs as much as the rest of the trunk: part of that estimate. By
+    operations 12 x d_model for plain blocks (24 d_model^2 a token against 2 n d_model); 2048 is a width of 170."""
     contrastive_group_rows: int = 64
     """Consecutive plan rows whose spans are each other's negatives; independent of ranks and micro-batches."""
     contrastive_share: float = 0.0
@@ -103,10 +106,11 @@ class PackingConfig:
         """Refuse caps below 1 and shares that are none."""
         if not 0 <= self.contrastive_share <= 1:
             raise ConfigError(f"data.packing.contrastive_share={self.contrastive_share}: must be from 0 to 1")
-        for name in (*MEDIA_BUDGETS, "contrastive_group_rows"):
+        for name in (*MEDIA_BUDGETS, "attention_cost_tokens", "contrastive_group_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"data.packing.{name}={value}: must be at least 1, or null for the default")
+                default = ", or null for the default" if name in MEDIA_BUDGETS else ""
+                raise ConfigError(f"data.packing.{name}={value}: must be at least 1{default}")
         for name, weight in self.encoder_weights.items():
             if not 0 <= weight <= MAX_ENCODER_WEIGHT:
                 raise ConfigError(

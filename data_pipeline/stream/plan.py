@@ -4,7 +4,7 @@
 
 Nothing here reads a sample. A drawn share of the documents with several modalities also gives an ALONE piece: the first
 part of each modality as a one-span segment, all in one row. Blocks are packed best-fit-decreasing as a whole; then the
-order of the packs, and of the pieces in each, is a keyed permutation.
+order of the pieces in each pack is a keyed permutation, and that of the packs one that keeps rare heavy ones together.
 
 Where `data.schedule` changes the plan, the next planner takes over at the row the steps have come to: the rows that are
 left of the block there are taken apart and packed again, together with what the new plan's first block draws, and every
@@ -30,14 +30,13 @@ from triweave.data_pipeline.stream.metadata import load_catalogs, load_manifests
 from triweave.data_pipeline.stream.mixture import Draw, Mixture, SourceShape, keyed_order
 from triweave.data_pipeline.stream.pack import best_fit_decreasing
 from triweave.data_pipeline.stream.pieces import MORE_COLUMNS, OWNER_COLUMNS, Pieces, drawn_share
+from triweave.data_pipeline.stream.row_order import row_order
 from triweave.data_pipeline.stream.state import PlanSegment, StreamState
 from triweave.data_pipeline.text.tokenizer import Tokenizer
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 DOCUMENT, ALONE = 0, 1
 """Kinds of pieces: a span of a document, and the one-span segments of one."""
-ATTENTION_COST_TOKENS = 2048
-"""Length of a piece at which its attention is estimated to cost as much as everything else in the trunk."""
 BLOCKS_KEPT = 2
 COUNTED_SHARDS = 64
 """Shards of a source, drawn at random where it has more, that its mean length is taken from for weights by tokens."""
@@ -57,8 +56,8 @@ class BlockPlan:
     row_tokens: int64 [R] tokens of each row.
     row_budgets: int64 [R, D] use of each budget by each row, in the order of `Planner.caps`.
     row_costs: float64 [R] estimated work in tokens of the trunk, the sum over pieces of n + e + n^2 /
-        ATTENTION_COST_TOKENS for n tokens whose media cost the encoders e; the segments of an ALONE piece count one by
-        one.
+        `packing.attention_cost_tokens` for n tokens whose media cost the encoders e; the segments of an ALONE piece
+        count one by one.
     modality_tokens: modality name -> tokens of the block.
     drawn_samples: samples drawn, those left out included.
     left_out: reason -> parts or documents of the drawn samples.
@@ -333,27 +332,30 @@ class Planner:
         }
 
     def _make(self, block: int) -> BlockPlan:
-        pieces = Pieces(self.caps)
+        pieces, config = Pieces(self.caps), self.config
         for draw in self.mixture.draws(block):
             self._collect(draw, pieces)
         if self.after and block == 0:
             self._carry(self.after, pieces)
         table = pieces.table()
         # Pieces of equal size are packed in the order they come in, and by shard they would meet those of their shard.
-        table = table[keyed_order(len(table), self.config.seed, "ties", block)]
+        table = table[keyed_order(len(table), config.seed, "ties", block)]
         budgets, owners = table[:, OWNER_COLUMNS:-MORE_COLUMNS], table[:, :OWNER_COLUMNS]
         packs = best_fit_decreasing(budgets, tuple(self.caps.values()))
         rows = int(packs.max()) + 1 if len(packs) else 0
+        squares, segments = table[:, -MORE_COLUMNS:].T
+        uses = np.stack([np.bincount(packs, column, rows) for column in budgets.T], axis=1).astype(np.int64)
+        attention: npt.NDArray[np.float64] = np.bincount(packs, squares, rows) / config.packing.attention_cost_tokens
+        costs = uses[:, 0] + uses[:, list(self.caps).index("encoder_cost")] + attention
+        pack_of_row = row_order(costs, config.seed, "rows", block)
         row_of_pack = np.empty(rows, np.int64)
-        row_of_pack[keyed_order(rows, self.config.seed, "rows", block)] = np.arange(rows)
+        row_of_pack[pack_of_row] = np.arange(rows)
         row = row_of_pack[packs]
         within = np.empty(len(row), np.int64)
-        within[keyed_order(len(row), self.config.seed, "pieces", block)] = np.arange(len(row))
+        within[keyed_order(len(row), config.seed, "pieces", block)] = np.arange(len(row))
         order = np.lexsort((within, row))
-        row, owners, budgets = row[order], owners[order], budgets[order]
-        squares, segments = table[order, -MORE_COLUMNS:].T
-        row_budgets = np.stack([np.bincount(row, column, rows) for column in budgets.T], axis=1).astype(np.int64)
-        attention: npt.NDArray[np.float64] = np.bincount(row, squares, rows) / ATTENTION_COST_TOKENS
+        row, owners, segments = row[order], owners[order], segments[order]
+        row_budgets = uses[pack_of_row]
         return BlockPlan(
             block=block,
             row_starts=np.searchsorted(row, np.arange(rows + 1)),
@@ -367,7 +369,7 @@ class Planner:
             segments=segments,
             row_tokens=row_budgets[:, 0],
             row_budgets=row_budgets,
-            row_costs=row_budgets[:, 0] + row_budgets[:, list(self.caps).index("encoder_cost")] + attention,
+            row_costs=costs[pack_of_row],
             modality_tokens=dict(zip(modality_names(), pieces.modality_tokens.tolist(), strict=True)),
             drawn_samples=pieces.drawn,
             left_out=dict(sorted(pieces.left_out.items())),

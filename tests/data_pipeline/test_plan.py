@@ -214,6 +214,19 @@ def test_a_source_that_cannot_be_packed_has_no_share_of_the_tokens(concept_data:
         Planner(config)
 
 
+def test_attention_costs_as_much_as_the_rest_at_the_length_that_is_set(stream_data: Any) -> None:
+    plan = Planner(
+        config_of(
+            stream_data,
+            sequence_length=300,
+            packing=PackingConfig(attention_cost_tokens=100, encoder_weights={"image": 0, "audio": 0}),
+        )
+    ).block(0)
+    lengths = (plan.end_tokens - plan.first_tokens).astype(float)
+    row = np.repeat(np.arange(plan.rows), np.diff(plan.row_starts))
+    np.testing.assert_allclose(plan.row_costs, np.bincount(row, lengths + lengths**2 / 100, plan.rows))
+
+
 def test_an_encoder_cost_is_a_budget_and_part_of_the_cost(stream_data: Any) -> None:
     weights = {"image": 3.0, "audio": 0.5}
     plain, heavy = (

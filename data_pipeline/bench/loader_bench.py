@@ -5,7 +5,7 @@ raw   triweave    plan the packs, read every planned sample by byte range from m
       bare        slice every sample from the mapped tars in tar order and checksum it; nothing else
 full  triweave    the whole pipeline of a rank: plan, read, verify, tokenise, decode, resize, mel, pack
       peers       their reader, the same tokenise and decode functions, the same packing of samples as they come
-      bare        the tokenise and decode functions alone, on bytes that lie in memory; no packing
+      bare        the tokenise and decode functions alone, sample by sample, on bytes that lie in memory; no packing
 
 webdataset and Energon read the same tars; litdata and streaming their own formats, written from them first. Every
 loader has a process of its own, with one thread, no worker processes, and nothing else in it. They take turns, repeat

@@ -68,6 +68,9 @@ def repair(source: Source, folder: Path, options: BuildOptions, on_progress: OnP
     rows = list_rows(source)
     _refuse_other_build(manifest, build_fingerprint(source, options, rows))
     if not report.damage:
+        if (folder / REPAIR_FOLDER).exists():  # of a repair that was killed when all was in place
+            with _work_folder(folder):
+                pass
         return RepairReport(repaired=(), refused={}, samples_copied=0, samples_encoded=0, report=report)
     with _work_folder(folder) as work:
         job = _Repair(manifest, rows, work)

@@ -124,6 +124,12 @@ def test_whole_shards_are_left_alone(manifest: Manifest, corpus: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in manifest.root.iterdir()} == times
 
 
+def test_what_a_repair_left_that_was_killed_at_its_end_is_removed(manifest: Manifest, corpus: Path) -> None:
+    (manifest.root / ".repair" / "media").mkdir(parents=True)
+    assert repaired(manifest, corpus).repaired == ()
+    assert not (manifest.root / ".repair").exists()
+
+
 @pytest.mark.parametrize(
     ("said", "says", "why"), [(". ", ", ", "row 'ROW' gives other bytes now"), ('"number"', '"nombre"', "it comes out")]
 )

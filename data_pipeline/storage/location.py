@@ -42,7 +42,8 @@ def is_remote(location: Path | str) -> bool:
 def require_local(option: str, path: Path, error: type[Exception], instead: str) -> None:
     """Raise `error` for a URL where a command needs a path of this machine; `instead` says what to do."""
     if is_remote(path):
-        raise error(f"{option} {shown(path)}: must be on this machine; {instead}")
+        written = _URL.sub("s3://", str(path), count=1)
+        raise error(f"{option} {written}: must be on this machine; {instead}")
 
 
 def shown(location: Path | str) -> str:
@@ -57,9 +58,8 @@ def object_location(url: Path | str) -> ObjectLocation:
     match = _URL.match(text)
     bucket, _, key = (text[match.end() :] if match else "").partition("/")
     if not _BUCKET.fullmatch(bucket):
-        raise StorageError(
-            f"s3://{bucket}/{key}: is no s3://BUCKET/PREFIX with a bucket of 3 to 63 of a-z, 0-9, dot and hyphen"
-        )
+        written = f"s3://{bucket}/{key}" if match else text
+        raise StorageError(f"{written}: is no s3://BUCKET/PREFIX with a bucket of 3 to 63 of a-z, 0-9, dot and hyphen")
     segments = [segment for segment in key.split("/") if segment]
     if any(segment in (".", "..") for segment in segments) or len(key.encode()) > MAX_KEY_BYTES:
         raise StorageError(

@@ -122,9 +122,12 @@ class PieceBuffers:
 
 
 class _Draft:
-    """A piece on its way: what it is made from, where it goes, and what was found."""
+    """A piece on its way: what it is made from, where it goes, and what was found.
 
-    __slots__ = ("catalog", "document", "error", "keys", "layouts", "piece", "rooms", "samples")
+    keys: content key of each layout that is a one-span segment. group: group key of the document.
+    """
+
+    __slots__ = ("catalog", "error", "group", "keys", "labels", "layouts", "piece", "rooms", "samples")
 
     def __init__(self, piece: PiecePlan, catalog: ShardCatalog, samples: SampleBytes | CorruptSampleError) -> None:
         self.piece = piece
@@ -133,9 +136,9 @@ class _Draft:
         self.error = samples if isinstance(samples, CorruptSampleError) else None
         self.samples: SampleBytes = {} if isinstance(samples, CorruptSampleError) else samples
         self.rooms: list[Rooms] = []
-        self.document: dict[str, Any] = {}
+        self.labels: dict[str, Label] = {}
         self.keys = [0] * len(self.layouts)
-        """Content key of each layout that is a one-span segment."""
+        self.group = 0
 
 
 class PieceMaker:
@@ -184,12 +187,12 @@ class PieceMaker:
 
     def decode(
         self, rows: Sequence[tuple[Sequence[PiecePlan], Sequence[SampleBytes | CorruptSampleError]]]
-    ) -> tuple[list[list[Made]], PieceBuffers]:
+    ) -> tuple[list[list[Made]], dict[int, npt.NDArray[Any]]]:
         """Tokenise and decode rows of pieces with what `fetch` returned or raised of each.
 
-        Return by row what each piece became, and the buffers that it lies in. In passes over all pieces, one for the
-        text and one for each modality: decoding a medium drives other code out of the processor's caches, which costs
-        more than running that code.
+        Return by row what each piece became, and the decoded media of all of them, as in PieceBuffers. In passes over
+        all pieces, one for the text and one for each modality: decoding a medium drives other code out of the
+        processor's caches, which costs more than running that code.
         """
         drafts = [
             [
@@ -212,7 +215,7 @@ class PieceMaker:
                         write(draft)
                     except Exception as error:
                         draft.error = _as_corrupt(error)
-        return [[Made(self._pieces(draft), draft.error) for draft in row] for row in drafts], buffers
+        return [[Made(self._pieces(draft), draft.error) for draft in row] for row in drafts], buffers.media
 
     def event(self, piece: PiecePlan, plan_row: int, error: CorruptSampleError) -> FillerEvent:
         """Describe a damaged piece."""
@@ -233,7 +236,6 @@ class PieceMaker:
         source = piece.source % len(config.sources)
         name = f"{config.sources[source].name}:{piece.epoch}:{draft.catalog.key_list[piece.sample]}"
         damaged = draft.error is not None
-        labels = {} if damaged else chosen_labels(draft.document["labels"], config.labels)
         made = []
         for number, (layout, (tokens, media)) in enumerate(zip(draft.layouts, draft.rooms, strict=True)):
             alone = None
@@ -243,7 +245,7 @@ class PieceMaker:
                 for values in media:
                     values[...] = 0
             if layout.alone:
-                keys = (0, 0) if damaged else (draft.keys[number], _group_key(draft.document))
+                keys = (0, 0) if damaged else (draft.keys[number], draft.group)
                 alone = AloneSpan(piece.item, layout.parts[0].kind, *keys)
             ending = (":alone" if layout.alone else "") + (":filler" if damaged else "")
             made.append(
@@ -254,7 +256,7 @@ class PieceMaker:
                     f"{name}:{layout.first}:{layout.end}{ending}",
                     xxhash.xxh3_64_intdigest(tokens.data),
                     alone,
-                    labels,
+                    {} if damaged else draft.labels,
                     source,
                 )
             )
@@ -274,16 +276,19 @@ class PieceMaker:
             tokens[-1] = tokenizer.eos_id
 
     def _write_text(self, draft: _Draft) -> None:
-        """Parse a draft's document and write all of its tokens."""
+        """Parse a draft's document, write all of its tokens and take what else it says."""
         catalog, sample = draft.catalog, draft.piece.sample
         start = catalog.json_offsets.item(sample) - catalog.offsets.item(sample)
-        draft.document = orjson.loads(draft.samples[sample][start : start + catalog.json_sizes.item(sample)])
+        document = orjson.loads(draft.samples[sample][start : start + catalog.json_sizes.item(sample)])
+        draft.labels = chosen_labels(document["labels"], self.planner.config.labels)
+        if any(layout.alone for layout in draft.layouts):
+            draft.group = _group_key(document)
         for number, (layout, (tokens, _)) in enumerate(zip(draft.layouts, draft.rooms, strict=True)):
             self._mark(layout, tokens)
             for part, place, kind, first, end, at in layout.parts:
                 if kind:
                     continue
-                text = draft.document["parts"][part]["text"]
+                text = document["parts"][part]["text"]
                 began = time.perf_counter()
                 encoded = self.planner.tokenizer.encode(text)
                 self.tokenise_s += time.perf_counter() - began

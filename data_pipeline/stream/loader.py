@@ -292,13 +292,12 @@ def decode_rows(planner: Planner, micro_batches: Iterable[MicroBatch]) -> Iterat
         began, tokenised_s = time.perf_counter(), maker.tokenise_s
         task = micro_batch.task
         maker.planner = _planner_of(micro_batch)
-        rows, buffers = maker.decode(list(zip(task.pieces, micro_batch.samples, strict=True)))
+        rows, micro_batch.media = maker.decode(list(zip(task.pieces, micro_batch.samples, strict=True)))
         for plan_row, pieces, row in zip(task.plan_rows, task.pieces, rows, strict=True):
             micro_batch.rows.append(Row(plan_row, list(chain.from_iterable(made.pieces for made in row))))
             for piece, made in zip(pieces, row, strict=True):
                 if made.error is not None:
                     micro_batch.fillers.append(maker.event(piece, plan_row, made.error))
-        micro_batch.media = buffers.media
         micro_batch.samples = []
         tokenise_ms = (maker.tokenise_s - tokenised_s) * 1000
         micro_batch.timings_ms["tokenise"] = tokenise_ms

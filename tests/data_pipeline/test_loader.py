@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import webdataset
 
@@ -320,6 +321,32 @@ def test_bytes_that_verify_but_do_not_decode_become_fillers(stream_data: Any, mo
     stream = windows(config_of(stream_data, corrupt_budget=5), 4)
     events = [event for window in stream for event in window.fillers]
     assert [event.reason for event in events] == ["RuntimeError: codec is unhappy"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda document: list(document.values()),
+        lambda document: {"parts": document["parts"]},
+        lambda document: document | {"labels": None},
+        lambda document: document | {"parts": [{} for _ in document["parts"]]},
+    ],
+    ids=["no object", "without labels", "labels are no object", "parts without text"],
+)
+@pytest.mark.parametrize("contrastive_share", [0.0, 1.0])
+def test_json_that_verifies_but_is_no_document_becomes_a_filler(
+    stream_data: Any, monkeypatch: pytest.MonkeyPatch, stored: Any, contrastive_share: float
+) -> None:
+    calls, loads = itertools.count(), orjson.loads
+
+    def read(data: bytes) -> Any:
+        return stored(loads(data)) if next(calls) == 3 else loads(data)
+
+    monkeypatch.setattr(orjson, "loads", read)
+    config = config_of(stream_data, corrupt_budget=5, labels=["language"])
+    config = replace(config, packing=replace(config.packing, contrastive_share=contrastive_share))
+    events = [event for window in windows(config, 4) for event in window.fillers]
+    assert len(events) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

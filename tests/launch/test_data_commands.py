@@ -130,6 +130,7 @@ def test_results_are_written_on_this_machine(
     capsys.readouterr()
     for arguments, message in (
         (build(corpus, Path(url)), "then `triweave push FOLDER URL`"),
+        (build(corpus, Path("s3://b/x")), "--out s3://b/x: must be on this machine"),
         (build(Path(url), Path("y")), "--input s3://bucket/x: must be on this machine"),
         (["export", "shards", "--to", "llava", "--out", url], "--out s3://bucket/x: must be on this machine"),
         (["fetch", "asterisk", "--out", url], "--out s3://bucket/x: must be on this machine"),

@@ -54,6 +54,11 @@ def test_urls_that_are_none_are_refused(url: str) -> None:
         object_location(url)
 
 
+def test_what_is_no_url_is_named_as_it_was_written() -> None:
+    with pytest.raises(StorageError, match=r"^/shards/x: is no s3://BUCKET/PREFIX"):
+        object_location("/shards/x")
+
+
 @pytest.mark.parametrize("value", ["x", "-1", "nan", "1e12"])
 def test_settings_out_of_range_are_named(value: str) -> None:
     with pytest.raises(StorageError, match=rf"TRIWEAVE_CACHE_GB={value}: must be a number from 0 to 1e\+09"):
